@@ -1,0 +1,558 @@
+"""Prepare a data set: images, splits, noise, caches.
+
+    python load_data.py --dataset photos       # patches of the two photographs inside scikit-learn
+    python load_data.py                        # CIFAR-10 (170 MB download)
+    python load_data.py --dataset stl10        # STL-10 (2.64 GB download), 48x48
+    python load_data.py --dataset my_pictures/ # patches of your own images
+
+Prints a table of the splits and writes `figures/data_DATASET.png`: clean samples and the same with noise
+of several sigmas. The training scripts call `load_data` and `Batches` from here.
+"""
+
+import argparse
+import hashlib
+import io
+import mmap
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import stl10_input
+from stl10_input import DataError
+from util import (
+    HERE,
+    atomic,
+    format_table,
+    positive_int,
+    progress_verbosity,
+    psnr,
+    rows_figure,
+    run_script,
+    save_figure,
+    to_uint8,
+)
+
+import imageio.v3 as iio
+import keras
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from sklearn.decomposition import PCA
+from sklearn.model_selection import train_test_split
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_FILE_MD5 = {
+    "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+    "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PHOTOS_CLASSES = ("china", "flower")
+
+SIGMAS = (15, 25, 35, 50, 75)  # of the protocol, on the 0-255 scale
+TEST_NOISE_SEED = 0
+SPLIT_SEED = 0
+VALIDATION = 1000  # images at most, and at most a tenth of the training set
+STL10_SIZES = (48, 50, 72, 96)
+DEFAULT_SIZE = 48  # of patches, and of STL-10
+MAX_PATCHES = 100_000  # of a folder
+CACHE_VERSION = 1
+
+
+@dataclass
+class Data:
+    """A prepared data set. Images are uint8 (N, H, W, 3), labels int64 (N,) from 0, splits are `train`,
+    `validation`, `test` and, for STL-10, `unlabeled` (whose labels are all -1)."""
+
+    name: str
+    images: dict
+    labels: dict
+    class_names: tuple
+    checksums: dict  # MD5 of the files it came from, for the run record
+
+    @property
+    def denoiser_split(self):
+        """The split that denoisers train on; they need no labels."""
+        return "unlabeled" if "unlabeled" in self.images else "train"
+
+    def sample(self, split, count):
+        """The first `count` images of a split, in memory."""
+        return np.ascontiguousarray(self.images[split][:count])
+
+    def spread(self, split, count):
+        """At most `count` images at even distances over a split, to look at, since neighbours may be alike."""
+        total = len(self.images[split])
+        return self.images[split][np.linspace(0, total, min(count, total), endpoint=False).astype(int)]
+
+
+def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
+    """Load a data set, downloading it if it is not there.
+
+    The validation split is drawn from the training images with a fixed seed, before `limit`, so that it is
+    the same for every run. Photographs are split before they are cut, so that no two splits share a pixel.
+
+    Args:
+        dataset: `cifar10`, `stl10`, `photos` or the path of a folder with images.
+        data_dir: Where data and caches lie.
+        size: STL-10: side that images are resized to, one of 48, 50, 72, 96. Photographs: side of a patch.
+            CIFAR-10 is 32.
+        limit: Use the first so many training images only.
+
+    Returns:
+        `Data`.
+
+    Raises:
+        DataError: the data cannot be had, are damaged, or there are fewer training images than `limit`.
+    """
+    data_dir = Path(data_dir)
+    if dataset == "cifar10":
+        data = _load_cifar10(data_dir, size or 32)
+    elif dataset == "stl10":
+        data = _load_stl10(data_dir, size or DEFAULT_SIZE)
+    elif dataset == "photos":
+        data = _load_photos(size or DEFAULT_SIZE)
+    else:
+        data = _load_folder(Path(dataset), data_dir, size or DEFAULT_SIZE)
+    if limit is not None:
+        split = data.denoiser_split
+        available = len(data.images[split])
+        if limit > available:
+            raise DataError(
+                f"{dataset}: --limit {limit} is more than its {available} training images; lower it"
+            )
+        for part in {"train", split}:
+            data.images[part], data.labels[part] = data.images[part][:limit], data.labels[part][:limit]
+    return data
+
+
+def dataset_name(dataset):
+    """Name of a data set in the names of runs: a folder's is its last part."""
+    return "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(dataset).resolve().name) or "folder"
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Admits what the official CIFAR-10 batches hold, and nothing else."""
+
+    ADMITTED = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module, name):
+        try:
+            return self.ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which no CIFAR-10 file does"
+            ) from None
+
+
+def read_cifar10_batch(path, md5=None):
+    """Read one batch of the python version of CIFAR-10.
+
+    Args:
+        path: `data_batch_1` to `data_batch_5` or `test_batch`.
+        md5: Expected checksum; checked before anything is unpickled.
+
+    Returns:
+        uint8 images (N, 32, 32, 3) and int64 labels (N,) from 0 to 9.
+
+    Raises:
+        DataError: missing file, wrong checksum, or not a CIFAR-10 batch.
+    """
+    path = Path(path)
+    remedy = "delete it and run again to download it"
+    if not path.is_file():
+        raise DataError(f"{path}: not found; {remedy}")
+    raw = path.read_bytes()
+    if md5 and hashlib.md5(raw).hexdigest() != md5:
+        raise DataError(f"{path}: wrong MD5; {remedy}")
+    try:
+        batch = _CifarUnpickler(io.BytesIO(raw), encoding="latin1").load()
+        images = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.asarray(batch["labels"], np.int64)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(f"{path}: not a CIFAR-10 batch ({error}); {remedy}") from None
+    if len(images) != len(labels) or labels.min(initial=0) < 0 or labels.max(initial=0) > 9:
+        raise DataError(f"{path}: labels missing or out of range 0 to 9; {remedy}")
+    return images, labels
+
+
+def _load_cifar10(data_dir, size):
+    if size != 32:
+        raise DataError(f"cifar10: its images are 32x32, --size {size} is not possible")
+    paths = stl10_input.download_and_extract(data_dir, CIFAR10_URL, CIFAR10_ARCHIVE_MD5, CIFAR10_FILE_MD5)
+    batches = [read_cifar10_batch(*pair) for pair in zip(paths, CIFAR10_FILE_MD5.values(), strict=True)]
+    images = np.concatenate([batch[0] for batch in batches[:-1]])
+    labels = np.concatenate([batch[1] for batch in batches[:-1]])
+    return _with_validation("cifar10", images, labels, batches[-1], CIFAR10_CLASSES, CIFAR10_FILE_MD5)
+
+
+def _with_validation(name, images, labels, test, class_names, checksums):
+    """Split the validation images off the training images; both keep their order."""
+    count = min(VALIDATION, len(images) // 10)
+    kept, held_out = train_test_split(np.arange(len(images)), test_size=count, random_state=SPLIT_SEED)
+    order = {"train": np.sort(kept), "validation": np.sort(held_out)}
+    return Data(
+        name,
+        {split: images[index] for split, index in order.items()} | {"test": test[0]},
+        {split: labels[index] for split, index in order.items()} | {"test": test[1]},
+        class_names,
+        dict(checksums),
+    )
+
+
+def _load_stl10(data_dir, size):
+    if size not in STL10_SIZES:
+        raise DataError(f"stl10: --size {size} is not one of {', '.join(map(str, STL10_SIZES))}")
+    paths = stl10_input.download_and_extract(data_dir)
+    files = {Path(name).stem: path for name, path in zip(stl10_input.FILE_MD5, paths, strict=True)}
+
+    def split(name):
+        images = stl10_input.read_all_images(files[f"{name}_X"])
+        if size != images.shape[1]:
+            images = _cached_resize(
+                images, size, data_dir / "cache" / f"stl10_{name}_{size}_v{CACHE_VERSION}.npy"
+            )
+        if name == "unlabeled":
+            return images, np.full(len(images), -1)
+        return images, stl10_input.read_labels(files[f"{name}_y"]).astype(np.int64) - 1
+
+    data = _with_validation(
+        "stl10", *split("train"), split("test"), stl10_input.CLASS_NAMES, stl10_input.FILE_MD5
+    )
+    data.images["unlabeled"], data.labels["unlabeled"] = split("unlabeled")
+    return data
+
+
+def resize(images, size):
+    """Resize images (N, H, W, 3), uint8, to size×size with antialiasing (Pillow's bicubic)."""
+    resized = [
+        Image.fromarray(np.ascontiguousarray(i)).resize((size, size), Image.Resampling.BICUBIC)
+        for i in images
+    ]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def _cached_resize(images, size, cache):
+    """Resize a split that may be larger than memory, once, into a `.npy` file; returns it memory-mapped."""
+    if not cache.exists():
+        print(f"Resizing {len(images):,} images to {size}x{size} into {cache}", flush=True)
+        with atomic(cache) as path:
+            resized = np.lib.format.open_memmap(path, "w+", np.uint8, (len(images), size, size, 3))
+            progress = keras.utils.Progbar(len(images), verbose=progress_verbosity())
+            for start in range(0, len(images), 1000):
+                resized[start : start + 1000] = resize(images[start : start + 1000], size)
+                progress.update(min(start + 1000, len(images)))
+            resized.flush()
+    return _open_cache(cache, (len(images), size, size, 3))
+
+
+def _open_cache(cache, shape):
+    """Map a cache file; `shape` may leave the number of images open with None."""
+    try:
+        array = np.load(cache, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{cache}: damaged cache ({error}); delete it and run again") from None
+    if array.dtype != np.uint8 or array.shape != (shape[0] or len(array), *shape[1:]):
+        raise DataError(
+            f"{cache}: holds {array.dtype} {array.shape}, not what its name says; delete it and run again"
+        )
+    return array
+
+
+def read_picture(path):
+    """Read an image file of any kind as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha."""
+    picture = iio.imread(path, plugin="pillow", index=0, rotate=True)
+    if picture.dtype == bool:
+        picture = picture * np.uint8(255)
+    elif picture.dtype != np.uint8:  # 16 bit, which Pillow may hand over as int32
+        picture = (picture // 257).astype(np.uint8)
+    if picture.ndim == 2 or picture.shape[2] < 3:  # grey, perhaps with alpha
+        picture = np.repeat(picture.reshape(*picture.shape[:2], -1)[..., :1], 3, axis=2)
+    return picture[..., :3]
+
+
+def cut(picture, size, step):
+    """Cut a picture (H, W, 3) into patches (N, size, size, 3), `step` pixels apart, row by row."""
+    if min(picture.shape[:2]) < size:
+        return np.empty((0, size, size, 3), np.uint8)
+    windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))[::step, ::step]
+    return windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, 3)
+
+
+def _cut_and_split(pictures, count, size):
+    """Split `count` pictures among train, validation and test, then cut them.
+
+    Of ten pictures and more, a twentieth each is kept for validation and test; of fewer, every picture is
+    split into vertical bands instead. Training patches overlap by half, the others not at all.
+
+    Args:
+        pictures: Iterable of (uint8 picture (H, W, 3), label).
+        count: How many there are.
+        size: Side of a patch.
+
+    Returns:
+        Two dicts by split: patches uint8 (N, size, size, 3), labels int64 (N,).
+    """
+    rng = np.random.default_rng(SPLIT_SEED)
+    share = -(-count // 20)
+    whole = dict.fromkeys(range(count), "train")
+    for rank, index in enumerate(rng.permutation(count)[: 2 * share]):
+        whole[int(index)] = "validation" if rank < share else "test"
+    patches = {split: [] for split in ("train", "validation", "test")}
+    labels = {split: [] for split in patches}
+    for index, (picture, label) in enumerate(pictures):
+        if count >= 10:
+            regions = {whole[index]: picture}
+        else:
+            first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
+            bands = np.split(picture, [first, second], axis=1)
+            regions = dict(zip(patches, bands, strict=True))
+        for split, region in regions.items():
+            cuts = cut(region, size, size // 2 if split == "train" else size)
+            if len(cuts) > MAX_PATCHES // count:
+                cuts = cuts[np.sort(rng.choice(len(cuts), max(1, MAX_PATCHES // count), replace=False))]
+            patches[split].append(np.ascontiguousarray(cuts))
+            labels[split].append(np.full(len(cuts), label, np.int64))
+    return [{split: np.concatenate(parts[split]) for split in parts} for parts in (patches, labels)]
+
+
+def _load_photos(size):
+    photographs = load_sample_images()
+    pictures = list(zip(photographs.images, range(len(photographs.images)), strict=True))
+    images, labels = _cut_and_split(pictures, len(pictures), size)
+    checksums = {
+        Path(n).name: hashlib.md5(p).hexdigest()
+        for n, (p, _) in zip(photographs.filenames, pictures, strict=True)
+    }
+    return _nonempty(Data("photos", images, labels, PHOTOS_CLASSES, checksums), "photos", size)
+
+
+def _nonempty(data, source, size):
+    for split, images in data.images.items():
+        if not len(images):
+            raise DataError(
+                f"{source}: no image is large enough for {split} patches of {size}x{size}; lower --size"
+            )
+    return data
+
+
+def _load_folder(folder, data_dir, size):
+    """Patches of a user's own images; subfolders, if any, are the classes. Cached in `data_dir`."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; --dataset is cifar10, stl10, photos or a folder of images"
+        )
+    known = Image.registered_extensions()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
+    if not files:
+        raise DataError(f"{folder}: there are no images in it; choose another --dataset")
+    stats = [
+        (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files
+    ]
+    digest = hashlib.md5(repr(stats).encode()).hexdigest()
+    name = dataset_name(folder)
+    stem = f"{name}_{digest[:12]}_size{size}_v{CACHE_VERSION}"
+    classes = tuple(
+        sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
+    ) or (name,)
+    cache = {split: data_dir / "cache" / f"{stem}_{split}.npy" for split in ("train", "validation", "test")}
+    cached_labels = {split: path.with_name(f"{path.stem}_labels.npy") for split, path in cache.items()}
+    if not all(path.exists() for path in (*cache.values(), *cached_labels.values())):
+        print(
+            f"Cutting {len(files):,} images of {folder} into {size}x{size} patches in {data_dir / 'cache'}",
+            flush=True,
+        )
+        pictures = _readable_pictures(files, folder, classes)
+        images, labels = _cut_and_split(pictures, len(files), size)
+        for split in images:
+            for array, path in ((labels[split], cached_labels[split]), (images[split], cache[split])):
+                with atomic(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, array)
+    images = {split: _open_cache(path, (None, size, size, 3)) for split, path in cache.items()}
+    labels = {split: np.load(path) for split, path in cached_labels.items()}
+    return _nonempty(Data(name, images, labels, classes, {"listing": digest}), folder, size)
+
+
+def _readable_pictures(files, folder, classes):
+    """Yield (picture, label); an unreadable file is named and yields an empty picture."""
+    for path in files:
+        label = classes.index(path.relative_to(folder).parts[0]) if path.parent != folder else 0
+        try:
+            yield read_picture(path), label
+        except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+            print(f"{path}: left out, not a readable image ({str(error).splitlines()[0]})", flush=True)
+            yield np.empty((0, 0, 3), np.uint8), label
+
+
+def add_noise(images, sigma, rng=None):
+    """Add white Gaussian noise (AWGN), not clipped.
+
+    Args:
+        images: uint8 array (N, H, W, 3).
+        sigma: Standard deviation on the 0-255 scale, one number or one for each image.
+        rng: `numpy.random.Generator`; by default a new one with the test noise's seed, which makes the
+            noisy test images of the protocol. Several calls with one generator, piece by piece, draw the same
+            noise as one call for the whole.
+
+    Returns:
+        float32 array (N, H, W, 3), nominally in [0, 1].
+
+    Raises:
+        ValueError: a negative sigma.
+    """
+    sigma = np.reshape(np.asarray(sigma, np.float64), (-1, 1, 1, 1))
+    if sigma.min(initial=0) < 0:
+        raise ValueError(f"sigma must not be negative, but is {sigma.min()}")
+    rng = rng or np.random.default_rng(TEST_NOISE_SEED)
+    return (images / 255 + rng.standard_normal(images.shape) * (sigma / 255)).astype(np.float32)
+
+
+def fit_pca(images, energy=0.95):
+    """Fit the compression of flattened pixels that keeps a share of their energy (variance).
+
+    Args:
+        images: uint8 array (N, H, W, 3).
+        energy: Share to keep, above 0 and below 1.
+
+    Returns:
+        Fitted `sklearn.decomposition.PCA` (the singular value decomposition of the centred pixels) with as
+        many components as needed; `transform` and `inverse_transform` take pixels in [0, 1], flattened.
+    """
+    pixels = images.reshape(len(images), -1).astype(np.float32) / 255
+    solver = "covariance_eigh" if len(pixels) >= pixels.shape[1] else "full"
+    return PCA(n_components=energy, svd_solver=solver).fit(pixels)
+
+
+class Batches(keras.utils.PyDataset):
+    """Feed `fit` with clean images, in a new order every epoch, half of them mirrored.
+
+    Order and mirroring depend on seed, epoch and position alone, so that a resumed training sees what an
+    uninterrupted one would have seen. Images may be memory-mapped and larger than memory.
+
+    Args:
+        images: uint8 array (N, H, W, 3).
+        batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
+        seed: Of order and mirroring.
+    """
+
+    def __init__(self, images, batch_size, seed=0):
+        super().__init__()
+        self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
+        self._mapped = _memory_map(images)
+        self.go_to(0)
+
+    def go_to(self, epoch):
+        """Shuffle as for `epoch`, counted from 0."""
+        self.epoch = epoch
+        self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
+
+    def __len__(self):
+        return len(self.images) // self.batch_size
+
+    def __getitem__(self, index):
+        chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
+        batch = self.images[chosen]
+        if self._mapped is not None:
+            _forget_pages(self._mapped)
+        mirrored = np.random.default_rng((self.seed, self.epoch, index)).random(len(batch)) < 0.5
+        batch[mirrored] = batch[mirrored, :, ::-1]
+        clean = np.ascontiguousarray(batch, np.float32) / 255
+        return clean, clean
+
+    def on_epoch_end(self):
+        self.go_to(self.epoch + 1)
+
+
+def _memory_map(array):
+    """The `mmap.mmap` that an array is a view of, or None."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array if isinstance(array, mmap.mmap) else None
+
+
+def _forget_pages(mapped):
+    """Let go of the pages of a file that were read, which would else count as this process's memory."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def add_data_options(parser):
+    """Add the options that say which data a script works on."""
+    parser.add_argument(
+        "--dataset",
+        default="cifar10",
+        help="cifar10, stl10, photos (two photographs inside scikit-learn) or a folder of images",
+    )
+    parser.add_argument(
+        "--data-dir", default=str(HERE / "data"), help="where data are kept and downloaded to"
+    )
+    parser.add_argument(
+        "--size",
+        type=positive_int,
+        default=None,
+        help=f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, default=None, help="use the first LIMIT training images only"
+    )
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Prepare a data set and show it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_data_options(parser)
+    parser.add_argument("--out", type=Path, default=HERE, help="where figures/ is")
+    parser.add_argument("--energy", type=float, default=0.95, help="share of energy that PCA keeps")
+    args = parser.parse_args(argv)
+    if not 0 < args.energy < 1:
+        parser.error(f"argument --energy: {args.energy} is not between 0 and 1")
+    return args
+
+
+def show_samples(data, path, count=8):
+    """Write a figure of test images, clean and with noise of the protocol's sigmas."""
+    clean = data.sample("test", count)
+    rows = [("clean", clean, None)]
+    for sigma in SIGMAS:
+        noisy = to_uint8(add_noise(clean, sigma))
+        rows.append((f"sigma {sigma}", noisy, [f"{value:.1f} dB" for value in psnr(clean, noisy)]))
+    with atomic(path) as temporary:
+        save_figure(rows_figure(rows, f"{data.name}: test images and the noise added to them"), temporary)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = load_data(args.dataset, args.data_dir, args.size)
+    table = []
+    for split, images in data.images.items():
+        counts = np.bincount(data.labels[split][data.labels[split] >= 0], minlength=len(data.class_names))
+        table.append(
+            {
+                "split": split,
+                "images": len(images),
+                "shape": "x".join(map(str, images.shape[1:])),
+                "MB": round(images.nbytes / 1e6),
+                "of a class": f"{counts.min()}-{counts.max()}" if counts.any() else "no labels",
+            }
+        )
+    print(format_table(table))
+    print("classes:", ", ".join(data.class_names))
+    sample = data.sample("train", 1000)
+    pca = fit_pca(sample, args.energy)
+    kept = f"{pca.n_components_} of {pca.n_features_in_} components keep {args.energy:.0%}"
+    print(f"PCA of {len(sample):,} training images: {kept}")
+    path = args.out / "figures" / f"data_{data.name}.png"
+    show_samples(data, path)
+    print(f"{path}: clean and noisy samples")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,666 @@
+"""What two or more scripts share and what knows neither a data set nor an architecture.
+
+Files and folders of a run, saving and loading models, checkpoints, PSNR and SSIM, denoising a batch,
+figures, GIFs, tables, and how a script ends.
+"""
+
+import contextlib
+import csv
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at length
+
+import h5py
+import imageio.v3 as iio
+import keras
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, so two runs of one name are not noticed there
+    fcntl = None
+
+HERE = Path(__file__).resolve().parent
+FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
+GIF_FRAME_MS = 250
+
+
+class ModelError(OSError):
+    """A model, weights or record file that is missing, damaged or does not fit; names file and remedy."""
+
+
+def add_training_options(parser, epochs, batch_size):
+    """Add the options that every training script spells alike; `epochs` and `batch_size` are its defaults."""
+    parser.add_argument(
+        "--name", type=run_name, default=None, help="name of the run (default: from the data set)"
+    )
+    parser.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training images")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=batch_size, help="images in a training step"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of initial weights, order and training noise"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="where models/, weights/, figures/ … are written"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "mixed_bfloat16"),
+        default=fast_precision(),
+        help="arithmetic of training; the default here is what this machine is fastest at",
+    )
+
+
+def positive_int(text):
+    """Parse a command-line integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def run_name(text):
+    """Check the name of a run: letters, digits, `_` and `-`, since it becomes part of file names."""
+    if not re.fullmatch(r"[\w-]+", text):
+        raise ValueError(text)
+    return text
+
+
+def progress_verbosity():
+    """Keras verbosity: a moving bar on a terminal, plain lines elsewhere."""
+    return 1 if sys.stdout.isatty() else 2
+
+
+def fast_precision():
+    """`mixed_bfloat16` where the hardware computes in it (a GPU, a CPU with AVX512-BF16), else `float32`."""
+    with contextlib.suppress(OSError):
+        if re.search(r"\bavx512_bf16\b|\bamx_bf16\b", Path("/proc/cpuinfo").read_text()):
+            return "mixed_bfloat16"
+    return "mixed_bfloat16" if Path("/dev/nvidia0").exists() else "float32"
+
+
+def run_script(main):
+    """Call `main()` and end the process as every script of the collection does.
+
+    Exit code 0 when done, 1 after a failure that one line on stderr tells (any `OSError`), 130 after Ctrl-C
+    or SIGTERM. Wrong usage ends in 2 by argparse. Anything else is a bug and keeps its traceback.
+    """
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt as stopped:
+        print(f"\n{stopped}" if stopped.args else "\nStopped.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        remedy = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
+        line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(" ".join(line.split()) + remedy, file=sys.stderr)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Give a temporary path in the folder of `path` and rename it to `path` if the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the ending stays, since writers choose the format by it
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix="".join(path.suffixes), dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(out, name):
+    """Collect all files of a run in a folder of their own and move them into `out` together.
+
+    If the block fails, nothing of `out` has changed. If the process dies while the files are moved, the next
+    `staged` or `load_model` of that run moves the rest.
+
+    Args:
+        out: Folder that holds `models/`, `weights/` and so on.
+        name: Name of the run.
+
+    Yields:
+        Folder to write to as if it were `out`.
+    """
+    publish(out, name)
+    stage = Path(out) / "logs" / f".{name}.staged"
+    shutil.rmtree(stage, ignore_errors=True)
+    for folder in FOLDERS:
+        (stage / folder).mkdir(parents=True)
+    try:
+        yield stage
+        for path in stage.rglob("*.*"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(stage, _published(out, name))  # from here on the new files count
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    publish(out, name)
+
+
+def publish(out, name):
+    """Move what `staged` completed for run `name` to its final place; do nothing if there is nothing."""
+    source = _published(out, name)
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            target = Path(out) / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    shutil.rmtree(source, ignore_errors=True)
+
+
+def _published(out, name):
+    return Path(out) / "logs" / f".{name}.complete"
+
+
+@contextlib.contextmanager
+def locked(out, name):
+    """Hold the name of a run, so that no second process trains under it at the same time.
+
+    Raises:
+        ModelError: another process holds it.
+    """
+    path = Path(out) / "logs" / f".{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ModelError(
+                    f"{path}: another run named {name} is going on; choose another --name"
+                ) from None
+        yield
+
+
+def training_folder(out, name):
+    """Working folder of a training run, which has gone when the run has ended well."""
+    return Path(out) / "logs" / f"{name}.training"
+
+
+@contextlib.contextmanager
+def training(script, args):
+    """Prepare a training run: precision, seed, lock; on Ctrl-C or SIGTERM, tell the command that goes on.
+
+    Args:
+        script: `__file__` of the script.
+        args: Its arguments, with `out`, `name`, `seed`, `precision`.
+    """
+    if (Path(args.out) / "logs" / f"{args.name}.json").exists():
+        print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
+    keras.utils.set_random_seed(args.seed)
+    keras.config.set_dtype_policy(args.precision)
+    command = f"python {Path(script).name} --resume --name {args.name}"
+    if Path(args.out) != HERE:
+        command += f" --out {args.out}"
+    with locked(args.out, args.name):
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"Stopped. Go on with: {command}") from None
+
+
+def sha256_of(path):
+    """SHA-256 of a file as a hexadecimal string."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_record(out, name):
+    """Read the run record `logs/NAME.json`; an empty dict if there is none.
+
+    Raises:
+        ModelError: the file is not a record.
+    """
+    path = Path(out) / "logs" / f"{name}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ModelError(f"{path}: damaged run record; delete it, or train {name} again")
+    return record
+
+
+def write_record(stage, name, record):
+    """Write `record` to `logs/NAME.json` of a staged run, with the SHA-256 of its model and weights files."""
+    files = [path for folder in ("models", "weights") for path in sorted((stage / folder).iterdir())]
+    checksums = {path.relative_to(stage).as_posix(): sha256_of(path) for path in files}
+    record = record | {"files": record.get("files", {}) | checksums}
+    text = json.dumps(record, indent=1, default=str, ensure_ascii=False)
+    (stage / "logs" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def environment():
+    """Versions and hardware, for the run record."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, AttributeError):
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    return {
+        "python": platform.python_version(),
+        "keras": keras.__version__,
+        "backend": keras.backend.backend(),
+        "numpy": np.__version__,
+        "hardware": f"{', '.join(keras.distribution.list_devices())}; {cpu}, {os.cpu_count()} cores",
+    }
+
+
+# Keys that newer Keras writes with these empty values and that older Keras 3 refuses.
+_NEW_KEYS = re.compile("input_axes|output_axes|quantization_config|renorm.*")
+
+
+def _portable(config):
+    if isinstance(config, list):
+        return [_portable(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "DTypePolicy":
+        return config | {"config": {"name": "float32"}}
+    kept = {
+        key: value
+        for key, value in config.items()
+        if value not in (None, False) or not _NEW_KEYS.fullmatch(key)
+    }
+    return {key: _portable(value) for key, value in kept.items()}
+
+
+def portable_json(model):
+    """Architecture of `model` as JSON that every backend and older Keras 3 load: float32, no new keys."""
+    return json.dumps(_portable(json.loads(model.to_json())), indent=1)
+
+
+def portable_copy(model):
+    """Uncompiled float32 copy of a functional model of stock layers, with the same weights."""
+    copy = keras.models.model_from_json(portable_json(model))
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def save_model(stage, model, name):
+    """Write `models/NAME.json` and `weights/NAME.weights.h5` of a functional model of stock layers."""
+    copy = portable_copy(model)
+    (stage / "models" / f"{name}.json").write_text(portable_json(copy) + "\n", encoding="utf-8")
+    copy.save_weights(stage / "weights" / f"{name}.weights.h5")
+
+
+def load_model(out, run, part=None):
+    """Load a saved model and verify it against the run record.
+
+    Args:
+        out: Folder that holds `models/`, `weights/` and `logs/`.
+        run: Name of the run.
+        part: `encoder`, `decoder` or `autoencoder`; None where the run has one model (a classifier).
+
+    Returns:
+        `keras.Model`, float32, uncompiled.
+
+    Raises:
+        ModelError: no such model, a file that differs from what the run wrote, or no readable model.
+    """
+    out = Path(out)
+    publish(out, run)
+    name = f"{part}_{run}" if part else run
+    architecture, weights = out / "models" / f"{name}.json", out / "weights" / f"{name}.weights.h5"
+    if not architecture.exists():
+        there = sorted(
+            path.stem.removeprefix(f"{part}_") for path in out.glob(f"models/{part or 'classifier'}_*.json")
+        )
+        raise ModelError(f"{architecture}: not found; there is {', '.join(there) or 'no trained model yet'}")
+    checksums = read_record(out, run).get("files", {})
+    for path in (architecture, weights):
+        expected = checksums.get(path.relative_to(out).as_posix())
+        if not path.exists():
+            raise ModelError(f"{path}: not found; restore it or train {run} again")
+        if expected and sha256_of(path) != expected:
+            raise ModelError(
+                f"{path}: not the file that {run} wrote (SHA-256 differs); restore it or train again"
+            )
+    try:
+        model = keras.models.model_from_json(architecture.read_text(encoding="utf-8"))
+    except Exception as error:  # Keras raises whatever its parsing stumbles over
+        raise ModelError(f"{architecture}: not a Keras model ({_first_line(error)}); restore it") from None
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"{architecture}: not a Keras model; restore it or train {run} again")
+    try:
+        model.load_weights(weights)
+    except Exception as error:
+        raise ModelError(
+            f"{weights}: not the weights of {architecture} ({_first_line(error)}); restore it"
+        ) from None
+    return model
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def stride(model):
+    """Factor that height and width of a convolutional model's input must be multiples of."""
+    factor = 1
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            factor *= stride(layer)
+        elif isinstance(layer, keras.layers.Conv2D):
+            factor *= layer.strides[0]
+    return factor
+
+
+def denoise(model, noisy, batch_size=250):
+    """Denoise a batch of images of any size.
+
+    Args:
+        model: Saved `autoencoder`.
+        noisy: float32 array (N, H, W, 3), nominally in [0, 1].
+        batch_size: Images computed at a time.
+
+    Returns:
+        uint8 array (N, H, W, 3): the output clipped and rounded, as the protocol measures it.
+    """
+    height, width = noisy.shape[1:3]
+    step = stride(model)
+    # the model wants whole cells: repeat the last row and column, and cut them off again
+    padded = np.pad(noisy, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="edge")
+    denoised = model.predict(padded, batch_size=batch_size, verbose=0)[:, :height, :width]
+    return to_uint8(denoised)
+
+
+def to_uint8(images):
+    """Clip images in [0, 1] and round them to uint8."""
+    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+
+def psnr(clean, denoised):
+    """Peak signal-to-noise ratio of each image, over all its pixels and channels.
+
+    Args:
+        clean, denoised: uint8 arrays of shape (N, H, W, C).
+
+    Returns:
+        float64 array (N,), dB, peak 255; infinite where the images are equal.
+    """
+    error = np.square(clean.astype(np.float32) - denoised.astype(np.float32))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0**2 / error.mean(axis=(1, 2, 3), dtype=np.float64))
+
+
+def ssim(clean, denoised):
+    """Structural similarity of each image (Wang et al. 2004): Gaussian window 11, sigma 1.5, data range 255.
+
+    Args:
+        clean, denoised: uint8 arrays of shape (N, H, W, C), H and W at least 11.
+
+    Returns:
+        float32 array (N,), mean over windows and channels.
+    """
+    pairs = (clean.astype(np.float32), denoised.astype(np.float32))
+    return keras.ops.convert_to_numpy(keras.ops.image.ssim(*pairs, max_val=255.0))
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Keep, after every epoch, all that is needed to go on, and the best weights so far.
+
+    Does the work of `BackupAndRestore`, `ModelCheckpoint` and `CSVLogger`, but atomically: weights,
+    optimizer, epoch, history and arguments are one file that is replaced at once, so that no kill can
+    leave them apart and the best value is not forgotten.
+
+    Args:
+        folder: Working folder of the run; removed by the caller when the run has ended well.
+        arguments: Arguments of the run, stored with the checkpoint.
+        monitor: Metric of the validation split to be maximized.
+    """
+
+    def __init__(self, folder, arguments, monitor):
+        super().__init__()
+        self.folder, self.arguments, self.monitor = Path(folder), arguments, monitor
+        self.best_path = self.folder / "best.weights.h5"
+        self.rows = []
+
+    @property
+    def best(self):
+        """The row of the best epoch so far; None before the first."""
+        return max(self.rows, key=lambda row: row[self.monitor], default=None)
+
+    def restore(self):
+        """Load the checkpoint into the model of `set_model`, built and compiled; returns the epochs done."""
+        path = self.folder / "checkpoint.weights.h5"
+        state = read_checkpoint(path)
+        try:
+            self.model.load_weights(path)
+        except Exception as error:
+            raise ModelError(
+                f"{path}: does not fit this model ({_first_line(error)}); train without --resume"
+            ) from None
+        self.rows = state["rows"]
+        return len(self.rows)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._started = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        row = {"epoch": epoch + 1} | {key: float(value) for key, value in (logs or {}).items()}
+        row["seconds"] = round(time.monotonic() - self._started, 1)
+        if not np.isfinite(row[self.monitor]):
+            raise RuntimeError(f"{self.monitor} is {row[self.monitor]} after epoch {epoch + 1}")
+        if self.best is None or row[self.monitor] > self.best[self.monitor]:
+            with atomic(self.best_path) as path:
+                self.model.save_weights(path)
+        self.rows.append(row)
+        with atomic(self.folder / "checkpoint.weights.h5") as path:
+            self.model.save_weights(path)
+            with h5py.File(path, "a") as file:
+                file.attrs["state"] = json.dumps(
+                    {"arguments": self.arguments, "rows": self.rows}, default=str
+                )
+        write_csv(self.folder / "epochs.csv", self.rows)
+
+
+def read_checkpoint(path):
+    """Read the arguments and the epochs so far of a checkpoint.
+
+    Returns:
+        dict with `arguments` (of the run) and `rows` (a dict for each epoch done).
+
+    Raises:
+        ModelError: nothing to resume, or not a checkpoint.
+    """
+    if not Path(path).exists():
+        raise ModelError(f"{path}: not found, nothing to resume; train without --resume")
+    try:
+        with h5py.File(path) as file:
+            return json.loads(file.attrs["state"])
+    except (OSError, KeyError, ValueError):
+        raise ModelError(f"{path}: damaged checkpoint; train without --resume") from None
+
+
+def resumed_arguments(out, name):
+    """Arguments of the interrupted run `name`, without those that belong to the command that resumes it."""
+    arguments = read_checkpoint(training_folder(out, name) / "checkpoint.weights.h5")["arguments"]
+    return {key: value for key, value in arguments.items() if key not in ("verb", "out", "resume")}
+
+
+def tensorboard(folder):
+    """TensorBoard callback in a list; empty, with a notice, where it is not installed."""
+    if not all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard")):
+        print("TensorBoard logs are left out: they need the packages tensorflow and tensorboard.")
+        return []
+    return [keras.callbacks.TensorBoard(folder, write_graph=False)]
+
+
+def rows_figure(rows, title="", cell=1.35):
+    """Draw rows of images, each with its label at the left and a caption under each image.
+
+    Args:
+        rows: List of (label, images, captions). Images are uint8 (N, H, W, 3), or float (N, H, W) for maps in
+            false colours from 0 to the row's largest value. Captions are N strings, or None.
+        title: Title of the figure.
+        cell: Width of an image in inches.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    columns = max(len(images) for _, images, _ in rows)
+    captioned = sum(captions is not None for _, _, captions in rows)
+    height = cell * len(rows) + 0.2 * captioned + 0.3 * bool(title)
+    figure = Figure(figsize=(cell * columns + 0.3, height), layout="constrained")
+    for line, (label, images, captions) in zip(
+        figure.subplots(len(rows), columns, squeeze=False), rows, strict=True
+    ):
+        for column, axis in enumerate(line):
+            axis.set(xticks=[], yticks=[])
+            if column >= len(images):
+                axis.set_axis_off()
+                continue
+            scale = {} if images.ndim == 4 else {"cmap": "magma", "vmin": 0, "vmax": images.max()}
+            axis.imshow(images[column], interpolation="nearest", **scale)
+            if captions is not None:
+                axis.set_xlabel(captions[column], fontsize=8)
+        line[0].set_ylabel(label, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def curves_figure(panels, title=""):
+    """Draw curves in panels side by side.
+
+    Args:
+        panels: List of (x label, y label, {curve label: (x values, y values)}).
+        title: Title of the figure.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axis, (xlabel, ylabel, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for label, (x, y) in curves.items():
+            axis.plot(x, y, marker="o" if len(x) < 40 else "", markersize=3, label=label)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def history_figure(rows, names, title=""):
+    """Draw metrics and their validation twins against the epoch.
+
+    Args:
+        rows: A dict for each epoch, as `Checkpoint` keeps them.
+        names: Metrics to draw, a panel each.
+        title: Title of the figure.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    epochs = [row["epoch"] for row in rows]
+    panels = []
+    for name in names:
+        curves = {"training": name, "validation": f"val_{name}"}
+        panels.append(
+            ("epoch", name, {label: (epochs, [row[key] for row in rows]) for label, key in curves.items()})
+        )
+    return curves_figure(panels, title)
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as PNG."""
+    figure.savefig(path, dpi=120)
+
+
+def save_gif(figures, path):
+    """Write matplotlib figures of one size as the frames of an endless GIF; the last one stays longer."""
+    frames = []
+    for figure in figures:
+        canvas = FigureCanvasAgg(figure)
+        figure.set_dpi(72)
+        canvas.draw()
+        frames.append(np.asarray(canvas.buffer_rgba())[..., :3])
+    durations = [GIF_FRAME_MS] * (len(frames) - 1) + [6 * GIF_FRAME_MS]
+    iio.imwrite(path, np.stack(frames), duration=durations, loop=0)
+
+
+def write_feature_maps(path, encoder, images, labels, attributes, batch_size=250):
+    """Stream the feature maps (first output, `z_mean`) of a saved encoder to an HDF5 file.
+
+    Args:
+        path: File to write: `features` (N, h, w, c) float16, `labels` (N,) int64, and the attributes.
+        encoder: Saved `encoder`.
+        images: Iterable of float32 batches (n, H, W, 3), nominally in [0, 1].
+        labels: N labels.
+        attributes: What the maps were made from: run, dataset, split, sigma, pooling.
+        batch_size: Images computed at a time.
+    """
+    done = 0
+    with h5py.File(path, "w") as file:
+        file.attrs.update(attributes)
+        for batch in images:
+            maps = encoder.predict(batch, batch_size=batch_size, verbose=0)[0].astype(np.float16)
+            if not done:
+                shape = (len(labels), *maps.shape[1:])
+                features = file.create_dataset("features", shape, np.float16, chunks=(1, *maps.shape[1:]))
+            features[done : done + len(maps)] = maps
+            done += len(maps)
+        file["labels"] = labels
+
+
+def write_csv(path, rows):
+    """Write a list of dicts with the same keys as CSV."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def format_table(rows):
+    """Format a list of dicts with the same keys as a Markdown table; small floats get more digits."""
+
+    def text(value):
+        if isinstance(value, float):
+            return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+        return str(value)
+
+    cells = [list(rows[0])] + [[text(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)
