@@ -1,0 +1,573 @@
+"""Train a single-layer variational convolutional autoencoder to denoise images.
+
+    python simple_autoencoder.py                       # CIFAR-10 (downloads 170 MB)
+    python simple_autoencoder.py --dataset photos      # built-in photographs, no download
+    python simple_autoencoder.py --resume              # go on after an interruption
+    python simple_autoencoder.py evaluate              # measure the saved model again
+
+Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
+models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
+GIFs. A training of CIFAR-10 with the defaults takes about HOURS on two CPU cores with AVX512-BF16.
+
+The encoder maps the noisy image to mean and log-variance of a Gaussian code z on a grid, one code for every
+2x2 pixels; the decoder maps a code to the clean image. All information passes through z.
+Kingma, Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import util
+from load_data import (
+    SIGMAS,
+    TEST_NOISE_SEED,
+    Batches,
+    add_data_options,
+    add_noise,
+    dataset_name,
+    load_data,
+)
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+# architecture: 108 million multiply-accumulates for a 32x32 image
+FILTERS = 48
+ENCODER_BLOCKS, DECODER_BLOCKS = 4, 6
+LATENT_DIM = 48
+INITIAL_LOG_VAR = -10.0  # of the code: its standard deviation starts at 0.007, about 2 grey levels
+
+# optimization
+EPOCHS = 36
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+FINAL_RATE = 0.01  # share of the learning rate that is left at the end
+WARMUP_STEPS = 500  # and at most a tenth of the training
+CLIP_NORM = 0.5  # without it the first steps can destroy the identity that the model starts as
+KL_WEIGHT = 1e-3
+SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
+GREY_LEVEL = 1 / 255
+VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
+
+# what is measured and shown
+TEST_IMAGES = 1000
+SHOWN = 8  # images in a figure
+SHOWN_SIGMA = 50
+SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
+SWEEP_IMAGES = 200
+POSTERIOR_SAMPLES = 20
+FEATURE_MAP_TRAIN_IMAGES = 5000
+
+
+def residual_blocks(x, filters, count, name):
+    """Apply `count` blocks x + conv(relu(conv(x))), 3x3; the second convolutions start at zero."""
+    for index in range(count):
+        block = f"{name}_{index}"
+        y = layers.Conv2D(filters, 3, padding="same", activation="relu", name=f"{block}_a")(x)
+        y = layers.Conv2D(filters, 3, padding="same", kernel_initializer="zeros", name=f"{block}_b")(y)
+        x = layers.Add(name=f"{block}_add")([x, y])
+    return x
+
+
+def code_heads(x, latent_dim, name="z"):
+    """Mean and log-variance of a Gaussian code on the grid of x."""
+    z_mean = layers.Conv2D(latent_dim, 1, name=f"{name}_mean")(x)
+    start = keras.initializers.Constant(INITIAL_LOG_VAR)
+    # float32, since a log-variance of -10 in bfloat16 has steps of 0.06
+    head = layers.Conv2D(
+        latent_dim,
+        1,
+        kernel_initializer="zeros",
+        bias_initializer=start,
+        dtype="float32",
+        name=f"{name}_log_var",
+    )
+    return z_mean, head(x)
+
+
+def build_encoder(filters=FILTERS, blocks=ENCODER_BLOCKS, latent_dim=LATENT_DIM):
+    """Encoder: noisy image (N, H, W, 3), H and W even, to [z_mean, z_log_var], (N, H/2, W/2, latent_dim)."""
+    noisy = keras.Input((None, None, 3), name="noisy")
+    x = layers.Conv2D(filters, 2, strides=2, name="to_cells")(noisy)
+    x = residual_blocks(x, filters, blocks, "encoder")
+    return keras.Model(noisy, list(code_heads(x, latent_dim)), name="encoder")
+
+
+def build_decoder(filters=FILTERS, blocks=DECODER_BLOCKS, latent_dim=LATENT_DIM):
+    """Decoder: code z (N, h, w, latent_dim) to image (N, 2h, 2w, 3)."""
+    z = keras.Input((None, None, latent_dim), name="z")
+    x = layers.Conv2D(filters, 1, name="from_code")(z)
+    x = residual_blocks(x, filters, blocks, "decoder")
+    image = layers.Conv2DTranspose(3, 2, strides=2, dtype="float32", name="to_pixels")(x)
+    return keras.Model(z, image, name="decoder")
+
+
+def start_as_identity(encoder, decoder):
+    """Set the weights so that decoder(z_mean of an image) is the image: no step is spent on learning to copy.
+
+    The first convolution puts the twelve values of a 2x2 cell, minus 1/2, into the first twelve channels
+    (space-to-depth), the 1x1 convolutions around the code pass them on, the last one puts them back. The
+    other channels of the first convolution keep their random weights.
+    """
+    cell = np.zeros((2, 2, 3, encoder.get_layer("to_cells").filters), np.float32)
+    for row, column, colour in np.ndindex(2, 2, 3):
+        cell[row, column, colour, 6 * row + 3 * column + colour] = 1
+    used = cell.any(axis=(0, 1, 2))
+    kernel, bias = encoder.get_layer("to_cells").get_weights()
+    encoder.get_layer("to_cells").set_weights([np.where(used, cell, kernel), np.where(used, -0.5, bias)])
+    for layer in (encoder.get_layer("z_mean"), decoder.get_layer("from_code")):
+        kernel, bias = layer.get_weights()
+        layer.set_weights([np.eye(*kernel.shape[2:])[None, None], bias])
+    decoder.get_layer("to_pixels").set_weights([cell, np.full(3, 0.5)])
+
+
+def build_autoencoder(encoder, decoder):
+    """Autoencoder: noisy image to denoised image, by way of the posterior means alone."""
+    noisy = keras.Input((None, None, 3), name="noisy")
+    means = encoder(noisy)[::2]
+    return keras.Model(noisy, decoder(means if len(means) > 1 else means[0]), name="autoencoder")
+
+
+class DenoisingVAE(keras.Model):
+    """Trains an encoder and a decoder, of any number of variational levels, to denoise.
+
+    In training it is fed clean images, adds noise of a random sigma for each, and samples the codes;
+    otherwise it is fed noisy images and takes the codes' means. The loss is, for each image and in nats per
+    pixel value,
+
+        1/2 log(MSE + g^2) + kl_weight * KL(q(z|x) || N(0, I)),    g one grey level.
+
+    The first term is the negative log-likelihood of a Gaussian decoder with the best variance for each image
+    (optimal sigma-VAE: Rybkin, Daniilidis, Levine, "Simple and Effective VAE Training with Calibrated
+    Decoders", ICML 2021). It values a decibel alike at every sigma, where a plain MSE would hear little but
+    the strongest noise. g keeps images without noise from outweighing the rest.
+
+    Args:
+        encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
+        decoder: The codes of all levels to images.
+        sigma: Lowest and highest sigma of the training noise, on the 0-255 scale.
+        kl_weight: Weight of the KL term.
+        seed: Of noise and samples.
+    """
+
+    def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.sigma, self.kl_weight, self.seed = sigma, kl_weight, seed
+        self.random = keras.random.SeedGenerator(seed)
+        self.psnr = keras.metrics.Mean("psnr")
+        self.kl = keras.metrics.Mean("kl")
+
+    def call(self, images, training=False):
+        images = ops.cast(images, "float32")
+        codes = [
+            ops.cast(code, "float32") for code in self.encoder(self.noisy(images) if training else images)
+        ]
+        means, log_vars = codes[::2], codes[1::2]
+        z = [self.sample(*code) for code in zip(means, log_vars, strict=True)] if training else means
+        return self.decoder(z if len(z) > 1 else z[0]), means, log_vars
+
+    def noisy(self, clean):
+        low, high = (limit / 255 for limit in self.sigma)
+        sigma = keras.random.uniform((ops.shape(clean)[0], 1, 1, 1), low, high, seed=self.random)
+        return clean + sigma * keras.random.normal(ops.shape(clean), seed=self.random)
+
+    def sample(self, z_mean, z_log_var):
+        return z_mean + ops.exp(0.5 * z_log_var) * keras.random.normal(ops.shape(z_mean), seed=self.random)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        denoised, means, log_vars = y_pred
+        mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
+        values = ops.cast(ops.prod(ops.shape(y)[1:]), "float32")  # of an image: H * W * 3
+        kl = sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
+        self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
+        self.kl.update_state(kl)
+        return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
+
+
+def kl_divergence(z_mean, z_log_var):
+    """KL(N(z_mean, exp(z_log_var)) || N(0, 1)) of each image in nats (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * ops.sum(ops.square(z_mean) + ops.exp(z_log_var) - 1 - z_log_var, axis=(1, 2, 3))
+
+
+class EpochStart(keras.callbacks.Callback):
+    """Set the noise's seed by the epoch, so that a resumed training draws what an uninterrupted one would."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.random.state.assign(np.array([self.model.seed, epoch], np.uint32))
+
+
+class Frames(keras.callbacks.Callback):
+    """Keep the denoised validation images of every epoch, for the GIFs."""
+
+    def __init__(self, folder, noisy):
+        super().__init__()
+        self.folder, self.noisy = folder, noisy
+        self.folder.mkdir(exist_ok=True)
+
+    def on_epoch_end(self, epoch, logs=None):
+        denoised = self.model.predict(self.noisy, verbose=0)[0]
+        with util.atomic(self.folder / f"{epoch + 1:04d}.npy") as path:
+            np.save(path, util.to_uint8(denoised))
+
+
+def build_optimizer(learning_rate, steps):
+    """Adam whose learning rate rises linearly, then falls along a cosine to a hundredth over `steps`."""
+    warmup = min(WARMUP_STEPS, steps // 10)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, steps - warmup), alpha=FINAL_RATE, warmup_target=learning_rate, warmup_steps=warmup
+    )
+    return keras.optimizers.Adam(schedule, global_clipnorm=CLIP_NORM)
+
+
+def validation_noise(clean, sigma_range):
+    """Noisy validation images, float32, the sigmas spread evenly over the training range; always the same."""
+    sigma = np.linspace(*sigma_range, len(clean))
+    return add_noise(clean, sigma, np.random.default_rng(VALIDATION_NOISE_SEED))
+
+
+def gif_images(data):
+    """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
+    clean = data.spread("validation", SHOWN)
+    return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
+
+
+def fit(vae, data, args):
+    """Train `vae` on clean images of `data`, keeping a checkpoint after every epoch.
+
+    Args:
+        vae: Built `DenoisingVAE`; has the best weights afterwards.
+        data: `load_data.Data`.
+        args: Arguments of the run.
+
+    Returns:
+        The metrics, a dict for each epoch.
+
+    Raises:
+        util.ModelError: the loss became NaN, or the checkpoint to resume is none.
+    """
+    folder = util.training_folder(args.out, args.name)
+    if not args.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = Batches(data.images[data.denoiser_split], args.batch_size, args.seed)
+    clean = data.images["validation"]
+    noisy = validation_noise(clean, args.sigma)
+    vae.compile(optimizer=build_optimizer(args.learning_rate, args.epochs * len(batches)))
+    vae(noisy[:1])
+    vae.optimizer.build(vae.trainable_variables)
+    checkpoint = util.Checkpoint(folder, vars(args), "val_psnr")
+    checkpoint.set_model(vae)
+    epochs_done = checkpoint.restore() if args.resume else 0
+    batches.go_to(epochs_done)
+    callbacks = [
+        EpochStart(),
+        keras.callbacks.TerminateOnNaN(raise_error=True),
+        *util.tensorboard(folder / "tensorboard"),
+        Frames(folder / "frames", gif_images(data)[1]),
+        checkpoint,
+    ]
+    try:
+        vae.fit(
+            batches,
+            epochs=args.epochs,
+            initial_epoch=epochs_done,
+            validation_data=(noisy, clean.astype(np.float32) / 255),
+            validation_batch_size=250,
+            callbacks=callbacks,
+            shuffle=False,
+            verbose=util.progress_verbosity(),
+        )
+    except RuntimeError as error:
+        if "nan" not in str(error).lower():
+            raise
+        remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
+        raise util.ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
+    vae.load_weights(checkpoint.best_path)
+    return checkpoint.rows
+
+
+def evaluate(models, clean, sigmas=SIGMAS):
+    """Measure denoisers: seeded unclipped noise, output clipped and rounded, mean over images.
+
+    Args:
+        models: Dict of autoencoders by label.
+        clean: uint8 array (N, H, W, 3).
+        sigmas: Noise levels on the 0-255 scale.
+
+    Returns:
+        A dict for each sigma: `sigma`, then PSNR in dB and SSIM of noisy images and of each model's output.
+    """
+    table = []
+    for sigma in sigmas:
+        rng = np.random.default_rng(TEST_NOISE_SEED)
+        measured = {}
+        for start in range(0, len(clean), 1000):
+            part = np.ascontiguousarray(clean[start : start + 1000])
+            noisy = add_noise(part, sigma, rng)
+            outputs = {"noisy": util.to_uint8(noisy)}
+            outputs |= {label: util.denoise(model, noisy) for label, model in models.items()}
+            for measure in (util.psnr, util.ssim):
+                for label, output in outputs.items():
+                    measured.setdefault(f"{label} {measure.__name__.upper()}", []).append(
+                        measure(part, output)
+                    )
+        table.append({"sigma": sigma} | {key: float(np.concatenate(v).mean()) for key, v in measured.items()})
+    return table
+
+
+def reconstruction_figure(models, clean, sigmas=(25, 50)):
+    """Rows noisy, denoised by each model, for each sigma, and clean, with PSNR."""
+    rows = []
+    for sigma in sigmas:
+        noisy = add_noise(clean, sigma)
+        outputs = {f"noisy, sigma {sigma}": util.to_uint8(noisy)}
+        outputs |= {label: util.denoise(model, noisy) for label, model in models.items()}
+        for label, images in outputs.items():
+            rows.append((label, images, [f"{value:.1f} dB" for value in util.psnr(clean, images)]))
+    return util.rows_figure([*rows, ("clean", clean, None)], "Denoising of test images")
+
+
+def sweep_figure(models, clean):
+    """PSNR and SSIM against sigma of the noisy images and of each model's output."""
+    table = evaluate(models, clean, SWEEP)
+    panels = []
+    for measure in ("PSNR", "SSIM"):
+        keys = [key for key in table[0] if key.endswith(measure)]
+        curves = {key.removesuffix(f" {measure}"): (SWEEP, [row[key] for row in table]) for key in keys}
+        panels.append(("sigma", "PSNR in dB" if measure == "PSNR" else measure, curves))
+    return util.curves_figure(panels, f"Mean over {len(clean)} test images")
+
+
+def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERIOR_SAMPLES):
+    """What sampling z tells: the standard deviation of the decoded samples beside the error, per pixel.
+
+    Args:
+        encoder, decoder: Saved models.
+        clean: uint8 array (N, H, W, 3).
+        sigma: Of the noise.
+        samples: Draws of z for each image.
+    """
+    noisy = add_noise(clean, sigma)
+    codes = encoder.predict(noisy, verbose=0)
+    rng = np.random.default_rng(TEST_NOISE_SEED)
+    draws = []
+    for _ in range(samples):
+        pairs = zip(codes[::2], codes[1::2], strict=True)
+        z = [
+            mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32)
+            for mean, log_var in pairs
+        ]
+        draws.append(decoder.predict(z if len(z) > 1 else z[0], verbose=0))
+    average = np.mean(draws, axis=0)
+    deviation = 255 * np.std(draws, axis=0).mean(axis=-1)
+    error = 255 * np.abs(average - clean / 255).mean(axis=-1)
+    agreement = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(deviation, error, strict=True)]
+    rows = [
+        (f"noisy, sigma {sigma}", util.to_uint8(noisy), None),
+        (f"mean of {samples}", util.to_uint8(average), None),
+        ("deviation", deviation, [f"mean {value.mean():.1f}" for value in deviation]),
+        ("error", error, [f"mean {value.mean():.1f}" for value in error]),
+        ("clean", clean, [f"correlation {value:.2f}" for value in agreement]),
+    ]
+    return util.rows_figure(rows, f"{samples} samples of z: deviation per pixel and error, in grey levels")
+
+
+def feature_figure(encoder, clean):
+    """The channels of z_mean of one image (1, H, W, 3), each scaled to its own range."""
+    maps = encoder.predict(clean.astype(np.float32) / 255, verbose=0)[0][0].transpose(2, 0, 1)
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    maps = (maps - low) / np.maximum(high - low, 1e-6)
+    rows = [(f"{start}-", maps[start : start + 12], None) for start in range(0, len(maps), 12)]
+    return util.rows_figure(rows, f"Feature maps: the {len(maps)} channels of z_mean", cell=0.8)
+
+
+def write_gifs(stage, name, frames, clean, noisy):
+    """Write `gifs/NAME_single.gif` and `gifs/NAME_group.gif`: denoising as the epochs pass.
+
+    Args:
+        stage: Output folder.
+        name: Of the run.
+        frames: Denoised images (uint8, as `clean`) by epoch.
+        clean, noisy: uint8 arrays (N, H, W, 3).
+    """
+    single, group = [], []
+    for epoch, denoised in frames.items():
+        psnr = util.psnr(clean, denoised)
+        captions = [f"noisy, sigma {SHOWN_SIGMA}", f"denoised, {psnr[0]:.1f} dB", "clean"]
+        trio = np.stack([noisy[0], denoised[0], clean[0]])
+        single.append(util.rows_figure([("", trio, captions)], f"epoch {epoch}", cell=2))
+        rows = [
+            ("noisy", noisy, None),
+            ("denoised", denoised, [f"{value:.1f} dB" for value in psnr]),
+            ("clean", clean, None),
+        ]
+        group.append(util.rows_figure(rows, f"epoch {epoch}: {psnr.mean():.2f} dB"))
+    util.save_gif(single, stage / "gifs" / f"{name}_single.gif")
+    util.save_gif(group, stage / "gifs" / f"{name}_group.gif")
+
+
+def write_feature_maps(stage, name, encoder, data):
+    """Write the feature maps of the clean test images and of some clean training images, and a figure."""
+    counts = {"test": len(data.images["test"]), "train": FEATURE_MAP_TRAIN_IMAGES}
+    for split, count in counts.items():
+        images, labels = data.images[split][:count], data.labels[split][:count]
+        batches = (images[start : start + 250] / np.float32(255) for start in range(0, len(images), 250))
+        attributes = {"run": name, "dataset": data.name, "split": split, "sigma": 0.0, "pooling": 1}
+        util.write_feature_maps(
+            stage / f"feature_maps/{name}_{split}.h5", encoder, batches, labels, attributes
+        )
+    util.save_figure(feature_figure(encoder, data.spread("test", 1)), stage / f"feature_maps/{name}.png")
+
+
+def write_run(args, models, vae, data, rows):
+    """Write everything that a training run leaves behind, all at once.
+
+    Args:
+        args: Arguments of the run.
+        models: Dict of autoencoders to compare by label; the last one is the run's own.
+        vae: Trained `DenoisingVAE`.
+        data: `load_data.Data`.
+        rows: Metrics of each epoch.
+    """
+    name, folder = args.name, util.training_folder(args.out, args.name)
+    encoder, decoder = util.portable_copy(vae.encoder), util.portable_copy(vae.decoder)
+    parts = {"encoder": encoder, "decoder": decoder, "autoencoder": list(models.values())[-1]}
+    with util.staged(args.out, name) as stage:
+        for part, model in parts.items():
+            util.save_model(stage, model, f"{part}_{name}")
+        util.write_csv(stage / f"logs/{name}.csv", rows)
+        write_figures(stage, name, models, encoder, decoder, data, rows)
+        clean, noisy = gif_images(data)
+        frames = {int(path.stem): np.load(path) for path in sorted((folder / "frames").iterdir())}
+        write_gifs(stage, name, frames, clean, util.to_uint8(noisy))
+        write_feature_maps(stage, name, encoder, data)
+        record = {
+            "name": name,
+            "arguments": vars(args),
+            "environment": util.environment(),
+            "data": {"name": data.name, "checksums": data.checksums},
+            "training_images": len(data.images[data.denoiser_split]),
+            "training_seconds": round(sum(row["seconds"] for row in rows)),
+            "parameters": parts["autoencoder"].count_params(),
+            "epochs": len(rows),
+            "best": max(rows, key=lambda row: row["val_psnr"]),
+        }
+        util.write_record(stage, name, record | evaluation(models, data, TEST_IMAGES))
+        if (folder / "tensorboard").exists():
+            shutil.rmtree(args.out / f"logs/{name}", ignore_errors=True)
+            shutil.move(folder / "tensorboard", stage / f"logs/{name}")
+    shutil.rmtree(folder)
+    print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
+
+
+def write_figures(stage, name, models, encoder, decoder, data, rows):
+    """Write the figures of a run, `figures/NAME_*.png`."""
+    shown = data.spread("test", SHOWN)
+    figures = {
+        "reconstructions": reconstruction_figure(models, shown),
+        "history": util.history_figure(rows, ("loss", "psnr", "kl"), name),
+        "sweep": sweep_figure(models, data.spread("test", SWEEP_IMAGES)),
+        "posterior": posterior_figure(encoder, decoder, shown),
+    }
+    for kind, figure in figures.items():
+        util.save_figure(figure, stage / f"figures/{name}_{kind}.png")
+
+
+def evaluation(models, data, count):
+    """Evaluate on the first `count` test images, print the table, return it as a part of the run record."""
+    clean = data.sample("test", count)
+    table = evaluate(models, clean)
+    print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
+    print(util.format_table(table))
+    return {"evaluation": {data.name: {"images": len(clean), "table": table}}}
+
+
+def add_train_options(parser):
+    """Add the options of a training run that simple and stacked share."""
+    add_data_options(parser)
+    util.add_training_options(parser, EPOCHS, BATCH_SIZE)
+    parser.add_argument(
+        "--sigma",
+        type=sigma,
+        nargs=2,
+        default=SIGMA_RANGE,
+        metavar=("LOW", "HIGH"),
+        help="range of the training noise's standard deviation, on the 0-255 scale",
+    )
+    parser.add_argument("--filters", type=util.positive_int, default=FILTERS, help="channels, at least 12")
+    parser.add_argument("--kl-weight", type=float, default=KL_WEIGHT, help="weight of the KL term")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="highest learning rate")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint of an interrupted run"
+    )
+
+
+def add_evaluate_options(parser):
+    """Add the options of the verb `evaluate`."""
+    add_data_options(parser)
+    parser.add_argument("--name", type=util.run_name, help="run to evaluate (default: by the data set)")
+    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
+    parser.add_argument("--images", type=util.positive_int, default=TEST_IMAGES, help="test images to use")
+
+
+def sigma(text):
+    """Parse a noise level: a number from 0 to 255."""
+    value = float(text)
+    if not 0 <= value <= 255:
+        raise ValueError(text)
+    return value
+
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in ("train", "evaluate", "-h", "--help"):
+        argv.insert(0, "train")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Without a verb: train.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    train = verbs.add_parser("train", help="train a model (train --help)", formatter_class=show_defaults)
+    add_train_options(train)
+    train.add_argument(
+        "--latent-dim", type=util.positive_int, default=LATENT_DIM, help="channels of the code z"
+    )
+    add_evaluate_options(
+        verbs.add_parser("evaluate", help="measure a saved model", formatter_class=show_defaults)
+    )
+    args = parser.parse_args(argv)
+    args.name = args.name or f"simple_{dataset_name(args.dataset)}"
+    if args.verb == "train":
+        if args.resume:  # what was not given now is as it was given then
+            train.set_defaults(**util.resumed_arguments(args.out, args.name))
+            args = parser.parse_args([*argv, "--name", args.name])
+        if args.sigma[0] > args.sigma[1]:
+            train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
+        if args.filters < 12:
+            train.error(f"argument --filters: {args.filters} is less than the 12 values of a 2x2 cell")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = load_data(args.dataset, args.data_dir, args.size, getattr(args, "limit", None))
+    if args.verb == "evaluate":
+        model = util.load_model(args.out, args.name, "autoencoder")
+        record = util.read_record(args.out, args.name)
+        with util.staged(args.out, args.name) as stage:
+            util.write_record(stage, args.name, record | evaluation({"simple": model}, data, args.images))
+        return
+    with util.training(__file__, args):
+        encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
+        decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
+        start_as_identity(encoder, decoder)
+        vae = DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed)
+        rows = fit(vae, data, args)
+        models = {"simple": util.portable_copy(build_autoencoder(vae.encoder, vae.decoder))}
+        write_run(args, models, vae, data, rows)
+
+
+if __name__ == "__main__":
+    util.run_script(main)
