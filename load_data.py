@@ -84,7 +84,7 @@ class Data:
         return np.ascontiguousarray(self.images[split][:count])
 
     def spread(self, split, count):
-        """At most `count` images at even distances over a split, to look at, since neighbours may be alike."""
+        """At most `count` images at even distances over a split; neighbours may look alike."""
         total = len(self.images[split])
         return self.images[split][np.linspace(0, total, min(count, total), endpoint=False).astype(int)]
 

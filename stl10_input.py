@@ -17,6 +17,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import ssl
 import sys
 import tarfile
 import tempfile
@@ -49,6 +50,13 @@ IMAGE_BYTES = HEIGHT * WIDTH * DEPTH
 CHUNK = 1 << 20  # bytes read at a time
 TIMEOUT = 30  # seconds without a byte before an attempt counts as failed
 ATTEMPTS = 5  # failures in a row, with nothing gained, before giving up
+NETWORK_FAULTS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+)
 
 
 class DataError(OSError):
@@ -74,7 +82,7 @@ def md5_of(path):
 
 
 def _receive(url, part, timeout):
-    """One attempt: append what `part` still lacks. Raises OSError or HTTPException if the transfer broke."""
+    """One attempt: append what `part` still lacks. Raises one of `NETWORK_FAULTS` if the transfer broke."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -146,9 +154,7 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
             break
         except DataError as error:
             raise DataError(f"{error}; {_by_hand(url, path)}") from None
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.filename:  # a fault of our own disk, not of the network
-                raise
+        except NETWORK_FAULTS as error:
             gained = part.exists() and part.stat().st_size > before
             failures = 1 if gained else failures + 1
             permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)

@@ -1,0 +1,42 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# a model and a training small enough for a test
+TINY = ["--dataset=photos", "--limit=64", "--batch-size=16", "--filters=12", "--precision=float32"]
+
+
+def start(script, *arguments, **options):
+    """Start one of the scripts as a user would, from another folder than its own."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(script, *arguments, **options):
+    """Run a script to its end: (exit code, stdout, stderr without the greeting of TensorFlow's libraries)."""
+    process = start(script, *arguments, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, without_greeting(err)
+
+
+def without_greeting(err):
+    greeting = ("WARNING: All log messages before absl", "I0000 ", "W0000 ", "E0000 ")
+    return "\n".join(line for line in err.splitlines() if not line.startswith(greeting))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Output folder of a short training on the built-in photographs, and what it printed."""
+    out = tmp_path_factory.mktemp("trained")
+    environment = os.environ | {"COLUMNS": "100"}
+    code, printed, err = run(
+        "simple_autoencoder.py", *TINY, "--epochs", "2", "--out", out, cwd=out, env=environment
+    )
+    assert code == 0, err
+    return out, printed

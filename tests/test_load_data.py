@@ -1,0 +1,374 @@
+import hashlib
+import itertools
+import mmap
+import pickle
+
+import load_data
+from load_data import Batches, DataError, add_noise, read_cifar10_batch, read_picture
+from stl10_input import IMAGE_BYTES
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def random_images(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def test_noise_has_the_asked_deviation_and_no_bias():
+    images = np.full((50, 32, 32, 3), 128, np.uint8)
+    for sigma in (1, 25, 75):
+        noise = (add_noise(images, sigma) - np.float32(128 / 255)) * 255
+        # 153,600 values: the mean's standard error is sigma / 392, the deviation's sigma / 554
+        assert abs(noise.mean()) < 4 * sigma / 392
+        assert abs(noise.std() - sigma) < 4 * sigma / 554
+
+
+def test_noise_is_white_and_not_clipped():
+    noisy = add_noise(np.zeros((20, 32, 32, 3), np.uint8), 50)
+    assert noisy.dtype == np.float32
+    assert 0.49 < (noisy < 0).mean() < 0.51
+    for axis in (0, 1, 2, 3):  # neighbours along no axis are correlated
+        shifted = np.roll(noisy, 1, axis)
+        assert abs(np.corrcoef(noisy.ravel(), shifted.ravel())[0, 1]) < 4 / np.sqrt(noisy.size)
+
+
+def test_noise_is_that_of_the_protocol():
+    images = random_images(5, 8, 8, 3)
+    expected = images / 255 + np.random.default_rng(0).normal(0, 25 / 255, images.shape)
+    np.testing.assert_allclose(add_noise(images, 25), expected, atol=1e-6)
+
+
+def test_noise_piece_by_piece_is_the_noise_of_the_whole():
+    images = random_images(10, 8, 8, 3)
+    rng = np.random.default_rng(0)
+    pieces = [add_noise(part, 25, rng) for part in (images[:3], images[3:4], images[4:])]
+    np.testing.assert_array_equal(np.concatenate(pieces), add_noise(images, 25))
+
+
+def test_noise_of_one_sigma_for_each_image():
+    noise = add_noise(np.zeros((3, 64, 64, 3), np.uint8), [0, 10, 50]).std(axis=(1, 2, 3)) * 255
+    np.testing.assert_allclose(noise, [0, 10, 50], rtol=0.03)
+    with pytest.raises(ValueError, match="sigma must not be negative"):
+        add_noise(np.zeros((1, 2, 2, 3), np.uint8), -1)
+
+
+def cifar_pickle(images, labels, recipe=b"cnumpy.core.multiarray\n_reconstruct\n"):
+    """A batch in the form of the official ones: protocol 2, numpy names of 2009, byte strings."""
+    raw = images.transpose(0, 3, 1, 2).tobytes()
+    shape = b"J" + len(images).to_bytes(4, "little") + b"M\x00\x0c\x86"
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = recipe + b"cnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01" + shape + dtype + b"\x89T"
+    array += len(raw).to_bytes(4, "little") + raw + b"tb"
+    listed = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(U\x04data" + array + b"U\x06labels" + listed + b"u."
+
+
+def test_cifar10_batch_is_read_in_its_order(tmp_path):
+    images = random_images(4, 32, 32, 3)
+    content = cifar_pickle(images, [3, 8, 8, 0])
+    (tmp_path / "test_batch").write_bytes(content)
+    read, labels = read_cifar10_batch(tmp_path / "test_batch", hashlib.md5(content).hexdigest())
+    np.testing.assert_array_equal(read, images)
+    assert labels.tolist() == [3, 8, 8, 0]
+
+
+def test_cifar10_checksum_comes_before_unpickling(tmp_path):
+    (tmp_path / "test_batch").write_bytes(cifar_pickle(random_images(1, 32, 32, 3), [0]))
+    with pytest.raises(DataError, match="test_batch: wrong MD5; delete it"):
+        read_cifar10_batch(tmp_path / "test_batch", "0" * 32)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_foreign_code_in_a_pickle_does_not_run(tmp_path):
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({"data": Evil(tmp_path / "ran"), "labels": []}, 2))
+    with pytest.raises(DataError, match="it asks for"):
+        read_cifar10_batch(tmp_path / "test_batch")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_numpy_functions_beyond_the_admitted_are_refused(tmp_path):
+    content = cifar_pickle(random_images(1, 32, 32, 3), [0], b"cnumpy\nsave\n")
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(DataError, match="it asks for numpy.save"):
+        read_cifar10_batch(tmp_path / "test_batch")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps([]),
+        cifar_pickle(random_images(2, 32, 32, 3), [0]),
+        cifar_pickle(random_images(1, 32, 32, 3), [10]),
+        cifar_pickle(random_images(1, 32, 32, 3), [0])[:1000],
+    ],
+)
+def test_damaged_cifar10_batch_is_told(tmp_path, content):
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(DataError, match="test_batch: .*; delete it and run again"):
+        read_cifar10_batch(tmp_path / "test_batch")
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A small CIFAR-10 in `tmp_path`, of 6 x 20 images."""
+    checksums = {}
+    for index, name in enumerate(load_data.CIFAR10_FILE_MD5):
+        images = random_images(20, 32, 32, 3, seed=index)
+        content = cifar_pickle(images, [n % 10 for n in range(20)])
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        checksums[name] = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(load_data, "CIFAR10_FILE_MD5", checksums)
+    return tmp_path
+
+
+def test_validation_split_is_fixed_and_disjoint(cifar10):
+    data, again = (load_data.load_data("cifar10", cifar10) for _ in range(2))
+    assert {split: len(images) for split, images in data.images.items()} == {
+        "train": 90,
+        "validation": 10,
+        "test": 20,
+    }
+    np.testing.assert_array_equal(data.images["validation"], again.images["validation"])
+    known = {image.tobytes() for image in data.images["train"]}
+    assert not known & {image.tobytes() for image in data.images["validation"]}
+    test_batch = read_cifar10_batch(cifar10 / "cifar-10-batches-py/test_batch")[0]
+    np.testing.assert_array_equal(data.images["test"], test_batch)
+
+
+def test_limit_takes_the_first_and_leaves_validation_alone(cifar10):
+    data, limited = (load_data.load_data("cifar10", cifar10, limit=limit) for limit in (None, 7))
+    np.testing.assert_array_equal(limited.images["train"], data.images["train"][:7])
+    np.testing.assert_array_equal(limited.labels["train"], data.labels["train"][:7])
+    np.testing.assert_array_equal(limited.images["validation"], data.images["validation"])
+    with pytest.raises(DataError, match="--limit 91 is more than its 90 training images"):
+        load_data.load_data("cifar10", cifar10, limit=91)
+
+
+@pytest.fixture
+def stl10(tmp_path, monkeypatch):
+    """A small STL-10 in `tmp_path`."""
+    (tmp_path / "stl10_binary").mkdir()
+    for split, count in (("train", 30), ("test", 12), ("unlabeled", 25)):
+        random_images(count * IMAGE_BYTES).tofile(tmp_path / f"stl10_binary/{split}_X.bin")
+        labels = np.arange(count, dtype=np.uint8) % 10 + 1
+        labels.tofile(tmp_path / f"stl10_binary/{split}_y.bin")
+    return tmp_path
+
+
+def test_stl10_labels_start_at_zero_and_unlabelled_has_none(stl10):
+    data = load_data.load_data("stl10", stl10, size=96)
+    assert {split: images.shape for split, images in data.images.items()} == {
+        "train": (27, 96, 96, 3),
+        "validation": (3, 96, 96, 3),
+        "test": (12, 96, 96, 3),
+        "unlabeled": (25, 96, 96, 3),
+    }
+    assert data.labels["test"].tolist() == [*range(10), 0, 1]
+    assert set(data.labels["unlabeled"]) == {-1}
+    assert data.denoiser_split == "unlabeled"
+
+
+@pytest.mark.parametrize("size", [48, 50, 72])
+def test_stl10_is_resized_once_into_a_cache_whose_name_tells_the_size(stl10, size, capsys):
+    data = load_data.load_data("stl10", stl10, size=size)
+    assert data.images["unlabeled"].shape == (25, size, size, 3)
+    assert (stl10 / f"cache/stl10_unlabeled_{size}_v1.npy").exists()
+    assert "Resizing" in capsys.readouterr().out
+    again = load_data.load_data("stl10", stl10, size=size)
+    np.testing.assert_array_equal(again.images["test"], data.images["test"])
+    assert "Resizing" not in capsys.readouterr().out
+
+
+def test_stl10_refuses_other_sizes(stl10):
+    with pytest.raises(DataError, match="--size 64 is not one of 48, 50, 72, 96"):
+        load_data.load_data("stl10", stl10, size=64)
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", None])
+def test_damaged_cache_is_told(stl10, content):
+    load_data.load_data("stl10", stl10, size=48)
+    cache = stl10 / "cache/stl10_test_48_v1.npy"
+    cache.write_bytes(cache.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(DataError, match=f"{cache}: .*delete it and run again"):
+        load_data.load_data("stl10", stl10, size=48)
+
+
+def test_resizing_is_antialiased():
+    board = np.indices((96, 96)).sum(axis=0) % 2 * np.uint8(255)  # finer than 48x48 can show
+    board = np.repeat(board[None, :, :, None], 3, axis=3).astype(np.uint8)
+    resized = load_data.resize(board, 48)
+    assert abs(resized[:, 4:-4, 4:-4].astype(int) - 127.5).max() < 2
+
+
+def test_photos_need_no_download_and_share_no_pixel():
+    data = load_data.load_data("photos", data_dir="/nonexistent")
+    assert data.class_names == ("china", "flower")
+    assert set(data.labels["test"]) == {0, 1}
+    known = {patch.tobytes() for patch in data.images["train"]}
+    assert not known & {patch.tobytes() for patch in data.images["test"]}
+
+
+def test_patches_of_different_splits_come_from_different_columns():
+    columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (60, 200, 3))
+    images, _ = load_data._cut_and_split([(columns, 0)], 1, 10)
+    seen = {split: set(np.unique(patches)) for split, patches in images.items()}
+    for one, other in itertools.combinations(seen.values(), 2):
+        assert not one & other
+
+
+def test_cut_against_slicing():
+    picture = random_images(25, 33, 3)
+    patches = load_data.cut(picture, 8, 4)
+    expected = [picture[r : r + 8, c : c + 8] for r in range(0, 18, 4) for c in range(0, 26, 4)]
+    np.testing.assert_array_equal(patches, expected)
+    assert load_data.cut(picture[:7], 8, 4).shape == (0, 8, 8, 3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures in two subfolders."""
+    for index in range(12):
+        path = tmp_path / "pictures" / ("cats" if index % 2 else "dogs") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(path, random_images(64, 80, 3, seed=index))
+    return tmp_path / "pictures"
+
+
+def test_folder_is_split_by_picture_and_cached(folder, tmp_path, capsys):
+    data = load_data.load_data(str(folder), tmp_path / "data", size=32)
+    assert data.name == "pictures"
+    assert data.class_names == ("cats", "dogs")
+    assert {split: len(images) for split, images in data.images.items()} == {
+        "train": 10 * 3 * 4,
+        "validation": 4,
+        "test": 4,
+    }
+    test_picture = next(
+        path for path in folder.rglob("*.png") if (data.images["test"][0] == iio.imread(path)[:32, :32]).all()
+    )
+    assert data.class_names[data.labels["test"][0]] == test_picture.parent.name
+    assert "Cutting" in capsys.readouterr().out
+    load_data.load_data(str(folder), tmp_path / "data", size=32)
+    assert "Cutting" not in capsys.readouterr().out
+    iio.imwrite(folder / "dogs" / "new.png", random_images(64, 80, 3, seed=99))
+    load_data.load_data(str(folder), tmp_path / "data", size=32)
+    assert "Cutting" in capsys.readouterr().out
+
+
+def test_unreadable_picture_in_a_folder_is_named_and_left_out(folder, tmp_path, capsys):
+    (folder / "dogs" / "broken.png").write_text("no picture")
+    load_data.load_data(str(folder), tmp_path / "data", size=32)
+    assert f"{folder / 'dogs' / 'broken.png'}: left out" in capsys.readouterr().out
+
+
+def test_folder_without_use_is_told(tmp_path):
+    with pytest.raises(DataError, match="no such folder; --dataset is cifar10, stl10, photos or"):
+        load_data.load_data(str(tmp_path / "nothing"), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="there are no images in it"):
+        load_data.load_data(str(tmp_path / "empty"), tmp_path)
+    iio.imwrite(tmp_path / "empty" / "small.png", random_images(20, 20, 3))
+    with pytest.raises(DataError, match="no image is large enough for .* 48x48; lower --size"):
+        load_data.load_data(str(tmp_path / "empty"), tmp_path / "data")
+
+
+def test_pictures_of_any_kind_are_read_as_rgb(tmp_path):
+    rgb = random_images(6, 4, 3)
+    grey = np.repeat(rgb[..., :1], 3, axis=2)
+    alpha = np.dstack([rgb, rgb[..., 0]])
+    cases = {
+        "rgb.png": (Image.fromarray(rgb), rgb),
+        "alpha.png": (Image.fromarray(alpha), rgb),
+        "grey.png": (Image.fromarray(grey[..., 0]), grey),
+        "grey16.png": (Image.fromarray(grey[..., 0].astype(np.uint16) * 257), grey),
+        "bilevel.png": (Image.fromarray(grey[..., 0] > 127), (grey > 127) * np.uint8(255)),
+        "palette.png": (Image.fromarray(grey).quantize(256), grey),
+    }
+    for name, (image, expected) in cases.items():
+        image.save(tmp_path / name)
+        np.testing.assert_array_equal(read_picture(tmp_path / name), expected, err_msg=name)
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    rgb = random_images(6, 4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_picture(tmp_path / "turned.png"), np.rot90(rgb, -1))
+
+
+def test_dataset_names():
+    assert load_data.dataset_name("cifar10") == "cifar10"
+    assert load_data.dataset_name("/some/where/my holiday.2020/") == "my_holiday_2020"
+
+
+def test_pca_keeps_the_asked_share_of_energy():
+    rng = np.random.default_rng(0)
+    flat = rng.normal(128, 1, (200, 12)) + rng.normal(0, 30, (200, 2)) @ rng.normal(0, 1, (2, 12))
+    images = flat.clip(0, 255).astype(np.uint8).reshape(200, 2, 2, 3)
+    pca = load_data.fit_pca(images, 0.9)
+    pixels = images.reshape(200, -1) / 255
+    restored = pca.inverse_transform(pca.transform(pixels))
+    kept = 1 - ((pixels - restored) ** 2).sum() / ((pixels - pixels.mean(0)) ** 2).sum()
+    assert pca.n_components_ <= 2
+    assert kept >= 0.9
+
+
+def test_batches_cover_an_epoch_once_and_mirror_some():
+    images = np.zeros((10, 4, 4, 3), np.uint8) + np.arange(10, dtype=np.uint8)[:, None, None, None]
+    images[:, :, 0] += 100  # a mark at the left edge
+    batches = Batches(images, 3, seed=5)
+    assert len(batches) == 3
+    seen, mirrored = [], 0
+    for index in range(3):
+        clean, target = batches[index]
+        assert clean.dtype == np.float32
+        np.testing.assert_array_equal(clean, target)
+        pixels = np.round(clean * 255)
+        seen += pixels[:, 0, 1, 0].tolist()
+        mirrored += (pixels[:, 0, -1, 0] >= 100).sum()
+    assert len(set(seen)) == 9
+    assert 0 < mirrored < 9
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    images = random_images(12, 4, 4, 3)
+    one, other = Batches(images, 4, seed=1), Batches(images, 4, seed=1)
+    one.on_epoch_end()
+    one.on_epoch_end()
+    other.go_to(2)
+    np.testing.assert_array_equal(one[1][0], other[1][0])
+    other.go_to(3)
+    assert not np.array_equal(one[1][0], other[1][0])
+    assert len(Batches(images, 100)) == 1
+
+
+def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
+    random_images(40 * IMAGE_BYTES).tofile(tmp_path / "unlabeled_X.bin")
+    images = load_data.stl10_input.read_all_images(tmp_path / "unlabeled_X.bin")
+    batches = Batches(images, 20)
+    assert isinstance(batches._mapped, mmap.mmap)
+    chosen = np.sort(batches.order[:20])
+    for image, index in zip(np.round(batches[0][0] * 255), chosen, strict=True):
+        assert (image == images[index]).all() or (image == images[index][:, ::-1]).all()
+
+
+def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys):
+    load_data.main(["--dataset", "photos", "--size", "32", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "|      train |" in printed
+    assert "keep 95%" in printed
+    assert iio.imread(tmp_path / "figures/data_photos.png").shape[0] > 300

@@ -1,0 +1,301 @@
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import simple_autoencoder as simple
+import util
+from load_data import add_noise
+
+import h5py
+import imageio.v3 as iio
+import keras
+import numpy as np
+import pytest
+from conftest import TINY, run, start, without_greeting
+
+
+def random_images(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def small_models(seed=0):
+    keras.utils.set_random_seed(seed)
+    encoder, decoder = simple.build_encoder(16, 1, 14), simple.build_decoder(16, 1, 14)
+    simple.start_as_identity(encoder, decoder)
+    return encoder, decoder
+
+
+def shaken(model, seed=0):
+    """The same model with every weight moved a little, so that no zero hides a difference."""
+    rng = np.random.default_rng(seed)
+    model.set_weights([weight + rng.normal(0, 0.05, weight.shape) for weight in model.get_weights()])
+    return model
+
+
+def test_untrained_model_is_the_identity():
+    encoder, decoder = small_models()
+    images = np.random.default_rng(0).random((2, 10, 6, 3)).astype(np.float32)
+    np.testing.assert_allclose(simple.build_autoencoder(encoder, decoder)(images), images, atol=1e-6)
+
+
+def test_autoencoder_is_the_decoder_of_the_encoders_mean():
+    encoder, decoder = map(shaken, small_models())
+    images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    z_mean, _ = encoder.predict(images, verbose=0)
+    autoencoder = simple.build_autoencoder(encoder, decoder)
+    np.testing.assert_allclose(
+        autoencoder.predict(images, verbose=0), decoder.predict(z_mean, verbose=0), atol=1e-5
+    )
+
+
+def test_order_of_the_encoders_outputs():
+    # Keras keys weights by class and order: swapped, the two heads would load each other's kernels
+    encoder, _ = small_models()
+    z_mean, z_log_var = encoder(np.zeros((1, 4, 4, 3), np.float32))
+    assert np.ptp(z_log_var) == 0
+    assert z_log_var[0, 0, 0, 0] == simple.INITIAL_LOG_VAR
+    assert float(z_mean[0, 0, 0, 0]) == pytest.approx(-0.5)
+
+
+def test_kl_divergence_against_sampling():
+    rng = np.random.default_rng(0)
+    mean, log_var = rng.normal(0, 1, (1, 1, 1, 4)), rng.normal(0, 1, (1, 1, 1, 4))
+    z = mean + np.exp(log_var / 2) * rng.normal(0, 1, (400_000, 1, 1, 4))
+    log_ratio = 0.5 * (z**2 - (z - mean) ** 2 / np.exp(log_var) - log_var)  # log q(z) - log p(z)
+    estimate = log_ratio.sum(axis=(1, 2, 3))
+    error = estimate.std() / np.sqrt(len(z))
+    assert simple.kl_divergence(mean, log_var)[0] == pytest.approx(estimate.mean(), abs=4 * error)
+
+
+def test_loss_against_its_formula():
+    vae = simple.DenoisingVAE(*map(shaken, small_models()), kl_weight=0.25)
+    clean = random_images(3, 8, 8, 3).astype(np.float32) / 255
+    noisy = add_noise(random_images(3, 8, 8, 3), 25)
+    loss = float(vae.compute_loss(noisy, clean, vae(noisy, training=False), training=False))
+    mean, log_var = (np.asarray(code) for code in vae.encoder(noisy))
+    mse = ((np.asarray(vae.decoder(mean)) - clean) ** 2).mean(axis=(1, 2, 3))
+    kl = 0.5 * (mean**2 + np.exp(log_var) - 1 - log_var).sum(axis=(1, 2, 3)) / (8 * 8 * 3)
+    assert loss == pytest.approx(np.mean(0.5 * np.log(mse + 255.0**-2) + 0.25 * kl), rel=1e-4)
+    assert float(vae.kl.result()) == pytest.approx(kl.mean(), rel=1e-4)
+    assert float(vae.psnr.result()) == pytest.approx(np.mean(-10 * np.log10(mse)), rel=1e-4)
+
+
+def test_training_noise_has_a_sigma_of_its_own_for_each_image():
+    vae = simple.DenoisingVAE(*small_models(), sigma=(10, 50))
+    clean = np.full((400, 16, 16, 3), 0.5, np.float32)
+    sigma = (np.asarray(vae.noisy(clean)) - clean).std(axis=(1, 2, 3)) * 255
+    assert 9 < sigma.min() < 12
+    assert 47 < sigma.max() < 53
+    assert abs(sigma.mean() - 30) < 4 * 40 / np.sqrt(12 * 400)  # uniform: deviation 40 / sqrt(12)
+
+
+def test_codes_are_sampled_with_the_posteriors_deviation():
+    vae = simple.DenoisingVAE(*small_models())
+    mean, log_var = np.full((1, 50, 50, 14), 3.0, np.float32), np.full((1, 50, 50, 14), -2.0, np.float32)
+    z = np.asarray(vae.sample(mean, log_var))
+    assert z.mean() == pytest.approx(3, abs=0.01)
+    assert z.std() == pytest.approx(np.exp(-1), abs=0.01)
+
+
+def test_noise_and_samples_only_in_training():
+    vae = simple.DenoisingVAE(*map(shaken, small_models()))
+    images = np.random.default_rng(0).random((1, 8, 8, 3)).astype(np.float32)
+    first, second = (np.asarray(vae(images)[0]) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    first, second = (np.asarray(vae(images, training=True)[0]) for _ in range(2))
+    assert np.abs(first - second).max() > 0.01
+
+
+def test_evaluation_against_a_plain_loop():
+    autoencoder = simple.build_autoencoder(*map(shaken, small_models()))
+    clean = random_images(3, 12, 12, 3)
+    (row,) = simple.evaluate({"simple": autoencoder}, clean, [25])
+    noise = np.random.default_rng(0).normal(0, 25 / 255, clean.shape)
+    noisy = (clean / 255 + noise).astype(np.float32)
+    for label, output in {"noisy": noisy, "simple": np.asarray(autoencoder(noisy))}.items():
+        output = np.round(np.clip(output, 0, 1) * 255)
+        psnr = [10 * np.log10(255**2 / np.mean((a - b) ** 2)) for a, b in zip(output, clean, strict=True)]
+        assert row[f"{label} PSNR"] == pytest.approx(np.mean(psnr), abs=0.01)
+
+
+def test_learning_rate_rises_and_falls():
+    rate = simple.build_optimizer(1e-3, 1000)._learning_rate
+    assert float(rate(0)) == 0
+    assert float(rate(100)) == pytest.approx(1e-3, rel=1e-3)
+    assert float(rate(1000)) == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_every_file_of_the_run_is_there(trained):
+    out, printed = trained
+    name = "simple_photos"
+    for part in ("encoder", "decoder", "autoencoder"):
+        assert (out / f"models/{part}_{name}.json").exists()
+        assert (out / f"weights/{part}_{name}.weights.h5").exists()
+    for kind in ("reconstructions", "history", "sweep", "posterior"):
+        assert iio.imread(out / f"figures/{name}_{kind}.png").std() > 5
+    assert iio.imread(out / f"feature_maps/{name}.png").std() > 5
+    for kind in ("single", "group"):
+        assert len(iio.imread(out / f"gifs/{name}_{kind}.gif")) == 2  # a frame for each epoch
+    for split, count in (("test", 32), ("train", 64)):
+        with h5py.File(out / f"feature_maps/{name}_{split}.h5") as file:
+            assert file["features"].shape == (count, 24, 24, simple.LATENT_DIM)
+            assert dict(file.attrs) == {
+                "run": name,
+                "dataset": "photos",
+                "split": split,
+                "sigma": 0.0,
+                "pooling": 1,
+            }
+    with (out / f"logs/{name}.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    left_over = [
+        path for path in (out / "logs").iterdir() if path.name not in (f"{name}.csv", f"{name}.json")
+    ]
+    assert [path.name for path in left_over if path.is_file()] == [f".{name}.lock"]
+    assert "| sigma | noisy PSNR | simple PSNR | noisy SSIM | simple SSIM |" in printed
+    assert "val_psnr" in printed
+
+
+def test_record_tells_how_the_run_came_about(trained):
+    record = json.loads((trained[0] / "logs/simple_photos.json").read_text())
+    assert record["arguments"]["epochs"] == 2
+    assert record["training_images"] == 64
+    assert record["evaluation"]["photos"]["images"] == 32
+    table = record["evaluation"]["photos"]["table"]
+    assert [row["sigma"] for row in table] == [15, 25, 35, 50, 75]
+    for path, checksum in record["files"].items():
+        assert util.sha256_of(trained[0] / path) == checksum
+    assert len(record["files"]) == 6
+
+
+def test_evaluate_prints_what_the_training_printed(trained):
+    out, printed = trained
+    code, again, err = run("simple_autoencoder.py", "evaluate", "--dataset", "photos", "--out", out, cwd=out)
+    assert (code, err) == (0, "")
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert [line for line in again.splitlines() if line.startswith("|")] == table
+
+
+LOAD = """
+import sys, numpy, keras
+folder, noisy, result = sys.argv[1:]
+model = keras.models.model_from_json(open(folder + "/models/autoencoder_simple_photos.json").read())
+model.load_weights(folder + "/weights/autoencoder_simple_photos.weights.h5")
+numpy.save(result, model.predict(numpy.load(noisy), verbose=0))
+ours = {"util", "load_data", "stl10_input", "simple_autoencoder"} & set(sys.modules)
+print(keras.backend.backend(), sorted(ours))
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_saved_model_needs_nothing_but_keras(trained, tmp_path, backend):
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"{backend} is not installed")
+    out = trained[0]
+    noisy = add_noise(random_images(2, 16, 16, 3), 25)
+    np.save(tmp_path / "noisy.npy", noisy)
+    command = [sys.executable, "-c", LOAD, out, tmp_path / "noisy.npy", tmp_path / "result.npy"]
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    printed = subprocess.run(
+        map(str, command), cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    assert printed.stdout.split() == [backend, "[]"]
+    expected = util.load_model(out, "simple_photos", "autoencoder").predict(noisy, verbose=0)
+    np.testing.assert_allclose(np.load(tmp_path / "result.npy"), expected, atol=1e-5)
+
+
+def test_scripts_train_under_jax(tmp_path):
+    if not importlib.util.find_spec("jax"):
+        pytest.skip("jax is not installed")
+    environment = os.environ | {"KERAS_BACKEND": "jax"}
+    arguments = [*TINY, "--epochs", "1", "--out", tmp_path]
+    code, printed, err = run("simple_autoencoder.py", *arguments, env=environment)
+    assert code == 0, err
+    record = util.read_record(tmp_path, "simple_photos")
+    assert record["environment"]["backend"] == "jax"
+    assert record["best"]["val_psnr"] > 15
+
+
+def weights_of(out):
+    return util.load_model(out, "simple_photos", "autoencoder").get_weights()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_training_resumes_to_the_same_weights(trained, tmp_path, signal_number):
+    arguments = [*TINY, "--epochs", "2", "--out", tmp_path]
+    process = start("simple_autoencoder.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    while "Epoch 2/2" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal_number)
+    err = without_greeting(process.communicate()[1])
+    if signal_number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 130
+        command = f"python simple_autoencoder.py --resume --name simple_photos --out {tmp_path}"
+        assert err.strip() == f"Stopped. Go on with: {command}"
+    assert not (tmp_path / "models").exists()
+    code, printed, err = run(
+        "simple_autoencoder.py", "--resume", "--name", "simple_photos", "--out", tmp_path
+    )
+    assert code == 0, err
+    assert "Epoch 1/2" not in printed
+    for resumed, whole in zip(weights_of(tmp_path), weights_of(trained[0]), strict=True):
+        np.testing.assert_allclose(resumed, whole, atol=1e-6)
+    assert len(iio.imread(tmp_path / "gifs/simple_photos_single.gif")) == 2
+
+
+def test_divergence_stops_in_one_line_and_keeps_the_last_good_epoch(tmp_path):
+    arguments = [*TINY, "--epochs", "3", "--learning-rate", "1e30", "--out", tmp_path]
+    code, _, err = run("simple_autoencoder.py", *arguments)
+    assert code == 1
+    assert len(err.splitlines()) == 1
+    assert "the training diverged" in err
+    assert "--resume and a lower --learning-rate" in err
+    assert not (tmp_path / "models").exists()
+
+
+def test_resume_with_nothing_to_resume(tmp_path):
+    code, _, err = run("simple_autoencoder.py", "--resume", "--dataset", "photos", "--out", tmp_path)
+    assert code == 1
+    assert err == (
+        f"{tmp_path}/logs/simple_photos.training/checkpoint.weights.h5: not found, nothing to resume; "
+        "train without --resume"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--sigma", "-1", "5"],
+        ["--sigma", "50", "5"],
+        ["--sigma", "a", "b"],
+        ["--sigma", "nan", "5"],
+        ["--epochs", "0"],
+        ["--epochs", "-1"],
+        ["--limit", "0"],
+        ["--name", "a/b"],
+        ["--name", ""],
+        ["--name", ".."],
+        ["--filters", "11"],
+        ["--precision", "float16"],
+        ["--unknown"],
+        ["evaluate", "--images", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        simple.parse_args(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_train_is_meant_when_no_verb_is_given():
+    assert simple.parse_args([]).verb == "train"
+    assert simple.parse_args(["--epochs", "3"]).epochs == 3
+    assert simple.parse_args(["evaluate"]).name == "simple_cifar10"
+    assert simple.parse_args(["--dataset", "/some/holiday"]).name == "simple_holiday"

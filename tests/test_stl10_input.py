@@ -1,0 +1,268 @@
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+
+import stl10_input
+from stl10_input import DataError, download, download_and_extract, extract
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+
+def test_images_are_read_as_a_loop_over_the_pixels_reads_them(tmp_path):
+    raw = np.random.default_rng(0).integers(0, 256, 2 * stl10_input.IMAGE_BYTES, np.uint8)
+    path = tmp_path / "train_X.bin"
+    raw.tofile(path)
+    images = stl10_input.read_all_images(path)
+    expected = np.empty((2, 96, 96, 3), np.uint8)
+    position = 0
+    for image in range(2):
+        for colour in range(3):
+            for column in range(96):
+                for row in range(96):
+                    expected[image, row, column, colour] = raw[position]
+                    position += 1
+    np.testing.assert_array_equal(images, expected)
+    np.testing.assert_array_equal(stl10_input.read_single_image(path, 1), expected[1])
+
+
+def test_images_are_mapped_not_loaded(tmp_path):
+    path = tmp_path / "unlabeled_X.bin"
+    with path.open("wb") as file:
+        file.truncate(100_000 * stl10_input.IMAGE_BYTES)  # sparse
+    images = stl10_input.read_all_images(path)
+    assert images.shape == (100_000, 96, 96, 3)
+    assert isinstance(images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        images[0] = 1
+
+
+@pytest.mark.parametrize("length", [0, 1, stl10_input.IMAGE_BYTES - 1, stl10_input.IMAGE_BYTES + 1])
+def test_image_file_of_a_wrong_length_is_refused(tmp_path, length):
+    path = tmp_path / "train_X.bin"
+    path.write_bytes(bytes(length))
+    with pytest.raises(DataError, match=f"{path}: {length:,} bytes is not"):
+        stl10_input.read_all_images(path)
+
+
+def test_labels_stay_as_on_disk(tmp_path):
+    path = tmp_path / "train_y.bin"
+    path.write_bytes(bytes([1, 10, 5]))
+    assert stl10_input.read_labels(path).tolist() == [1, 10, 5]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01", b"\x01\x0b"])
+def test_labels_out_of_range_are_refused(tmp_path, content):
+    path = tmp_path / "train_y.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="labels are 1 to 10"):
+        stl10_input.read_labels(path)
+
+
+def test_missing_file_tells_what_to_run(tmp_path):
+    with pytest.raises(DataError, match="run python stl10_input.py"):
+        stl10_input.read_all_images(tmp_path / "train_X.bin")
+
+
+def test_saved_images_are_the_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), np.uint8)
+    stl10_input.save_images(images, [1, 10, 1], tmp_path)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    assert names == ["airplane/00000.png", "airplane/00002.png", "truck/00001.png"]
+    np.testing.assert_array_equal(iio.imread(tmp_path / "truck/00001.png")[..., :3], images[1])
+
+
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server():
+    """Local HTTP server; `server.faults` holds what goes wrong in the next answers, one after another."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            fault = self.server.faults.pop(0) if self.server.faults else None
+            first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.server.asked.append(first)
+            if fault == "html":
+                self.answer(200, b"<html>log in first</html>", {"Content-Type": "text/html"})
+            elif isinstance(fault, int):
+                self.send_error(fault)
+            elif fault == "no range" or "Range" not in self.headers:
+                self.answer(200, CONTENT, {}, fault)
+            elif first >= len(CONTENT):
+                self.send_error(416)
+            else:
+                span = f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}"
+                self.answer(206, CONTENT[first:], {"Content-Range": span}, fault)
+
+        def answer(self, status, body, headers, fault=None):
+            self.send_response(status)
+            for key, value in ({"Content-Length": len(body)} | headers).items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            body = b"x" + body[1:] if fault == "wrong" else body
+            body = body[: len(body) // 2] if fault == "drop" else body
+            self.server.sent += len(body)
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.faults, httpd.asked, httpd.sent = [], [], 0
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}/file.tar.gz"
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield httpd
+        httpd.shutdown()
+
+
+def fetch(server, path, **options):
+    return download(server.url, path, MD5, **({"pause": 0.01, "timeout": 5} | options))
+
+
+def test_download(server, tmp_path, capsys):
+    path = tmp_path / "new" / "file.tar.gz"
+    assert fetch(server, path).read_bytes() == CONTENT
+    assert not path.with_name("file.tar.gz.part").exists()
+    assert "100% of 3 MB" in capsys.readouterr().out
+    fetch(server, path)
+    assert server.sent == len(CONTENT)  # the second call verified what was there
+
+
+def test_dropped_connection_is_resumed(server, tmp_path):
+    server.faults = ["drop", "drop"]
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+    assert server.asked == [0, 1_500_000, 2_250_000]
+    assert server.sent == len(CONTENT)
+
+
+def test_later_call_transfers_only_the_rest(server, tmp_path):
+    (tmp_path / "f.part").write_bytes(CONTENT[:1_000_000])
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+    assert server.sent == 2_000_000
+
+
+def test_complete_part_is_taken_over(server, tmp_path):
+    (tmp_path / "f.part").write_bytes(CONTENT)
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+    assert server.sent == 0
+
+
+def test_truncated_file_under_the_final_name_is_completed(server, tmp_path):
+    (tmp_path / "f").write_bytes(CONTENT[:2_000_000])
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+    assert server.sent == 1_000_000
+
+
+def test_server_without_range_starts_over(server, tmp_path):
+    server.faults = ["drop", "no range"]
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+
+
+def test_bad_beginning_is_discarded(server, tmp_path):
+    (tmp_path / "f.part").write_bytes(b"not the beginning")
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+    assert server.asked == [17, 0]
+
+
+def test_wrong_checksum_leaves_no_file(server, tmp_path):
+    server.faults = ["wrong"]
+    with pytest.raises(DataError, match="MD5 is .* expected"):
+        fetch(server, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_html_page_is_not_taken_for_the_file(server, tmp_path):
+    server.faults = ["html"]
+    with pytest.raises(DataError, match="web page"):
+        fetch(server, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_server_error_is_tried_again(server, tmp_path):
+    server.faults = [503, 503]
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+
+
+def test_missing_file_on_the_server_is_final(server, tmp_path):
+    server.faults = [404] * 9
+    with pytest.raises(DataError, match="404"):
+        fetch(server, tmp_path / "f")
+    assert server.asked == [0]
+
+
+def test_offline_tells_where_to_put_which_file(tmp_path):
+    url = "http://127.0.0.1:9/file.tar.gz"
+    with pytest.raises(DataError, match=f"download {url} by other means and put it at {tmp_path / 'f'}$"):
+        download(url, tmp_path / "f", MD5, attempts=2, pause=0.01)
+
+
+def archive_of(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+FILES = {"set/a.bin": hashlib.md5(b"aaa").hexdigest(), "set/b.bin": hashlib.md5(b"bbb").hexdigest()}
+GOOD = [("set/a.bin", b"aaa"), ("set/b.bin", b"bbb")]
+
+
+def test_only_expected_members_are_extracted(tmp_path):
+    members = [("../evil", b"x"), ("/tmp/evil_absolute", b"x"), ("set/link", "/etc/passwd"), *GOOD]
+    archive_of(tmp_path / "a.tar.gz", members)
+    extract(tmp_path / "a.tar.gz", FILES, tmp_path / "data")
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert found == ["a.tar.gz", "data/set/a.bin", "data/set/b.bin"]
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([GOOD[0], ("set/b.bin", b"bbx")], "set/b.bin has a wrong MD5"),
+        ([GOOD[0]], "set/b.bin not in it"),
+        ([GOOD[0], ("set/b.bin", "/etc/passwd")], "set/b.bin not in it"),
+        ([GOOD[0], ("set/../set/b.bin", b"bbb")], "set/b.bin not in it"),
+    ],
+)
+def test_bad_archive_leaves_nothing(tmp_path, members, message):
+    archive_of(tmp_path / "a.tar.gz", members)
+    with pytest.raises(DataError, match=message):
+        extract(tmp_path / "a.tar.gz", FILES, tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_truncated_archive_is_told(tmp_path):
+    noise = np.random.default_rng(0).bytes(100_000)
+    archive_of(tmp_path / "a.tar.gz", [("set/a.bin", noise)])
+    whole = (tmp_path / "a.tar.gz").read_bytes()
+    for length in (0, 10, len(whole) // 2):
+        (tmp_path / "a.tar.gz").write_bytes(whole[:length])
+        with pytest.raises(DataError, match="a.tar.gz: "):
+            extract(tmp_path / "a.tar.gz", {"set/a.bin": hashlib.md5(noise).hexdigest()}, tmp_path / "data")
+        assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_archive_put_by_hand_needs_no_network(tmp_path):
+    archive_of(tmp_path / "set.tar.gz", GOOD)
+    md5 = stl10_input.md5_of(tmp_path / "set.tar.gz")
+    paths = download_and_extract(tmp_path, "http://127.0.0.1:9/set.tar.gz", md5, FILES)
+    assert [path.read_bytes() for path in paths] == [b"aaa", b"bbb"]
+    (tmp_path / "set.tar.gz").unlink()
+    assert download_and_extract(tmp_path, "http://127.0.0.1:9/set.tar.gz", md5, FILES) == paths
+
+
+def test_data_folder_that_is_a_file(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(DataError, match="choose another --data-dir"):
+        download_and_extract(tmp_path / "data", "http://127.0.0.1:9/set.tar.gz", MD5, FILES)

@@ -1,0 +1,295 @@
+import json
+import os
+import subprocess
+import sys
+
+import util
+from util import ModelError
+
+import h5py
+import imageio.v3 as iio
+import keras
+import numpy as np
+import pytest
+from scipy.ndimage import correlate1d
+
+
+def random_images(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def small_model(seed=0):
+    keras.utils.set_random_seed(seed)
+    image = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(4, 2, strides=2, activation="relu")(image)
+    return keras.Model(image, keras.layers.Conv2DTranspose(3, 2, strides=2)(x))
+
+
+def test_psnr_against_hand_values():
+    clean = np.full((3, 4, 4, 3), 100, np.uint8)
+    denoised = clean.copy()
+    denoised[0] += 1  # MSE 1: 20 log10(255)
+    denoised[1, 0, 0, 0] += 48  # MSE 48: 48.13 - 16.81
+    assert util.psnr(clean, denoised) == pytest.approx([48.1308, 31.3184, np.inf], abs=1e-4)
+
+
+def test_ssim_against_its_definition():
+    clean = random_images(2, 20, 24, 3)
+    denoised = (clean * 0.8 + random_images(2, 20, 24, 3, seed=1) * 0.2).astype(np.uint8)
+    window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def blur(x):
+        return correlate1d(correlate1d(x, window, axis=1), window, axis=2)[:, 5:-5, 5:-5]
+
+    a, b = clean.astype(np.float64), denoised.astype(np.float64)
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    expected = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    expected /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    np.testing.assert_allclose(util.ssim(clean, denoised), expected.mean(axis=(1, 2, 3)), atol=1e-4)
+
+
+def test_to_uint8_clips_and_rounds():
+    assert util.to_uint8(np.array([-1, 0.1 / 255, 0.6 / 255, 2])).tolist() == [0, 0, 1, 255]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (33, 57), (32, 32)])
+def test_images_of_any_size_are_denoised(shape):
+    model = small_model()
+    noisy = random_images(2, *shape, 3).astype(np.float32) / 255
+    denoised = util.denoise(model, noisy)
+    assert denoised.shape == noisy.shape
+    assert denoised.dtype == np.uint8
+    inner = [size // 2 * 2 for size in shape]  # whole cells, which padding does not reach
+    if min(inner):
+        alone = util.denoise(model, noisy[:, : inner[0], : inner[1]])
+        np.testing.assert_array_equal(denoised[:, : inner[0], : inner[1]], alone)
+
+
+def test_stride_counts_nested_models():
+    inner = small_model()
+    image = keras.Input((None, None, 3))
+    outer = keras.Model(image, inner(keras.layers.Conv2D(3, 2, strides=2)(image)))
+    assert util.stride(inner) == 2
+    assert util.stride(outer) == 4
+
+
+def test_saved_json_fits_older_keras_and_names_no_policy(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = small_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    with util.staged(tmp_path, "run") as stage:
+        util.save_model(stage, model, "autoencoder_run")
+    text = (tmp_path / "models/autoencoder_run.json").read_text()
+    assert "bfloat16" not in text
+    for key in ("input_axes", "quantization_config", "optimizer", "lambda"):
+        assert key not in text.lower()
+    loaded = util.load_model(tmp_path, "run", "autoencoder")
+    for saved, restored in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(saved, restored)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Output folder with one saved autoencoder of run `small`."""
+    with util.staged(tmp_path, "small") as stage:
+        util.save_model(stage, small_model(), "autoencoder_small")
+        util.write_record(stage, "small", {"name": "small"})
+    return tmp_path
+
+
+def test_missing_model_lists_those_that_are_there(saved):
+    with pytest.raises(ModelError, match="autoencoder_large.json: not found; there is small$"):
+        util.load_model(saved, "large", "autoencoder")
+    (saved / "weights/autoencoder_small.weights.h5").unlink()
+    with pytest.raises(ModelError, match="autoencoder_small.weights.h5: not found; restore it"):
+        util.load_model(saved, "small", "autoencoder")
+
+
+@pytest.mark.parametrize("file", ["models/autoencoder_small.json", "weights/autoencoder_small.weights.h5"])
+def test_flipped_bit_is_noticed(saved, file):
+    content = bytearray((saved / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / file).write_bytes(content)
+    with pytest.raises(ModelError, match=f"{file}: not the file that small wrote"):
+        util.load_model(saved, "small", "autoencoder")
+
+
+LAMBDA = keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: x)]).to_json()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"class_name": "os.system"}', LAMBDA])
+def test_json_that_is_no_model_is_told(saved, text):
+    (saved / "logs/small.json").unlink()  # so that the checksum does not tell first
+    (saved / "models/autoencoder_small.json").write_text(text)
+    with pytest.raises(ModelError, match="autoencoder_small.json: not a Keras model"):
+        util.load_model(saved, "small", "autoencoder")
+
+
+def test_weights_of_another_architecture_are_told(saved):
+    (saved / "logs/small.json").unlink()
+    image = keras.Input((None, None, 3))
+    other = keras.Model(image, keras.layers.Conv2D(3, 5)(image))
+    other.save_weights(saved / "weights/autoencoder_small.weights.h5", overwrite=True)
+    with pytest.raises(ModelError, match="autoencoder_small.weights.h5: not the weights of"):
+        util.load_model(saved, "small", "autoencoder")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_damaged_record_is_told(saved, text):
+    (saved / "logs/small.json").write_text(text)
+    with pytest.raises(ModelError, match="small.json: damaged run record; delete it"):
+        util.read_record(saved, "small")
+    assert util.read_record(saved, "none") == {}
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), util.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with util.atomic(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_stage_leaves_everything_as_it_was(saved):
+    before = {path: path.read_bytes() for path in saved.rglob("*.*") if path.is_file()}
+    with pytest.raises(RuntimeError), util.staged(saved, "small") as stage:
+        util.save_model(stage, small_model(seed=1), "autoencoder_small")
+        raise RuntimeError
+    assert {path: path.read_bytes() for path in saved.rglob("*.*") if path.is_file()} == before
+
+
+def test_loading_finishes_an_interrupted_move(saved):
+    complete = saved / "logs/.small.complete"
+    with util.staged(saved / "elsewhere", "small") as stage:
+        util.save_model(stage, small_model(seed=1), "autoencoder_small")
+        util.write_record(stage, "small", {"name": "small"})
+    os.rename(saved / "elsewhere", complete)
+    moved_before_the_kill = "models/autoencoder_small.json"
+    os.rename(complete / moved_before_the_kill, saved / moved_before_the_kill)
+    loaded = util.load_model(saved, "small", "autoencoder")
+    np.testing.assert_array_equal(loaded.get_weights()[0], small_model(seed=1).get_weights()[0])
+    assert not complete.exists()
+
+
+def test_second_run_of_a_name_is_refused(tmp_path):
+    script = "import sys, util\nwith util.locked(sys.argv[1], 'run'): print('held', flush=True); input()"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=util.HERE, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ModelError, match="another run named run is going on"),
+            util.locked(tmp_path, "run"),
+        ):
+            pass
+        other.kill()
+    with util.locked(tmp_path, "run"):  # a killed run holds nothing
+        pass
+
+
+def test_checkpoint_keeps_best_and_last(tmp_path):
+    model = small_model()
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    checkpoint = util.Checkpoint(tmp_path, {"seed": 3}, "val_psnr")
+    checkpoint.set_model(model)
+    for epoch, psnr in enumerate((20.0, 30.0, 25.0)):
+        model.set_weights([np.full_like(weight, psnr) for weight in model.get_weights()])
+        checkpoint.on_epoch_begin(epoch)
+        checkpoint.on_epoch_end(epoch, {"val_psnr": psnr})
+    state = util.read_checkpoint(tmp_path / "checkpoint.weights.h5")
+    assert state["arguments"] == {"seed": 3}
+    assert [row["val_psnr"] for row in state["rows"]] == [20, 30, 25]
+    assert (tmp_path / "epochs.csv").read_text().startswith("epoch,val_psnr,seconds\n1,20.0,")
+    resumed = util.Checkpoint(tmp_path, {}, "val_psnr")
+    resumed.set_model(model)
+    assert resumed.restore() == 3
+    assert model.get_weights()[0].max() == 25
+    resumed.on_epoch_begin(3)
+    resumed.on_epoch_end(3, {"val_psnr": 29.0})  # better than the last, not than the best
+    model.load_weights(resumed.best_path)
+    assert model.get_weights()[0].max() == 30
+
+
+def test_checkpoint_faults_are_told(tmp_path):
+    with pytest.raises(ModelError, match="nothing to resume"):
+        util.read_checkpoint(tmp_path / "checkpoint.weights.h5")
+    for content in (b"", b"no HDF5"):
+        (tmp_path / "checkpoint.weights.h5").write_bytes(content)
+        with pytest.raises(ModelError, match="damaged checkpoint; train without --resume"):
+            util.read_checkpoint(tmp_path / "checkpoint.weights.h5")
+    with h5py.File(tmp_path / "checkpoint.weights.h5", "w") as file:
+        file.attrs["state"] = json.dumps({"rows": [], "arguments": {}})
+    checkpoint = util.Checkpoint(tmp_path, {}, "val_psnr")
+    checkpoint.set_model(small_model())
+    with pytest.raises(ModelError, match="does not fit this model"):
+        checkpoint.restore()
+
+
+def test_validation_that_is_not_a_number_stops_before_it_is_kept(tmp_path):
+    checkpoint = util.Checkpoint(tmp_path, {}, "val_psnr")
+    checkpoint.set_model(small_model())
+    checkpoint.on_epoch_begin(0)
+    with pytest.raises(RuntimeError, match="val_psnr is nan after epoch 1"):
+        checkpoint.on_epoch_end(0, {"val_psnr": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_feature_maps_are_streamed_with_their_origin(tmp_path):
+    image = keras.Input((None, None, 3))
+    encoder = keras.Model(image, [keras.layers.AveragePooling2D(2)(image), image])
+    images = np.random.default_rng(0).random((5, 4, 6, 3)).astype(np.float32)
+    batches = (images[start : start + 2] for start in (0, 2, 4))
+    origin = {"run": "small", "sigma": 25.0}
+    util.write_feature_maps(tmp_path / "f.h5", encoder, batches, np.arange(5), origin)
+    with h5py.File(tmp_path / "f.h5") as file:
+        pooled = images.reshape(5, 2, 2, 3, 2, 3).mean(axis=(2, 4))
+        assert file["features"].dtype == np.float16
+        np.testing.assert_allclose(file["features"], pooled, atol=1e-3)
+        assert file["labels"][:].tolist() == [0, 1, 2, 3, 4]
+        assert dict(file.attrs) == origin
+
+
+def test_gif_has_a_frame_for_each_figure(tmp_path):
+    images = random_images(2, 8, 8, 3)
+    figures = [util.rows_figure([("row", images, ["a", "b"])], f"epoch {epoch}") for epoch in range(3)]
+    util.save_gif(figures, tmp_path / "a.gif")
+    frames = iio.imread(tmp_path / "a.gif")
+    assert frames.shape[0] == 3
+    assert iio.immeta(tmp_path / "a.gif", index=0)["duration"] == util.GIF_FRAME_MS
+    assert iio.immeta(tmp_path / "a.gif", index=2)["duration"] == 6 * util.GIF_FRAME_MS
+
+
+def test_figures_are_written(tmp_path):
+    rows = [("images", random_images(2, 8, 8, 3), None), ("maps", np.random.rand(3, 8, 8), list("abc"))]
+    history = [{"epoch": n, "loss": 1 / n, "val_loss": 2 / n} for n in (1, 2, 3)]
+    figures = (util.rows_figure(rows, "title"), util.history_figure(history, ["loss"], "title"))
+    for number, figure in enumerate(figures):
+        util.save_figure(figure, tmp_path / f"{number}.png")
+        assert iio.imread(tmp_path / f"{number}.png").std() > 5
+
+
+def test_table_is_markdown():
+    rows = [{"sigma": 15, "PSNR": 31.456, "SSIM": 0.91234}, {"sigma": 5, "PSNR": 8.0, "SSIM": 0.5}]
+    assert util.format_table(rows).splitlines() == [
+        "| sigma |  PSNR |   SSIM |",
+        "|------:|------:|-------:|",
+        "|    15 | 31.46 | 0.9123 |",
+        "|     5 |  8.00 | 0.5000 |",
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", "a.b", "a b"])
+def test_run_names_stay_inside_their_folders(name):
+    with pytest.raises(ValueError):
+        util.run_name(name)
