@@ -201,12 +201,20 @@ class EpochStart(keras.callbacks.Callback):
 
 
 class Frames(keras.callbacks.Callback):
-    """Keep the denoised validation images of every epoch, for the GIFs."""
+    """Keep the denoised validation images before the training and after every epoch, for the GIFs.
+
+    Args:
+        folder: Where to keep `0000.npy` and so on; made if missing.
+        noisy: float32 array (N, H, W, 3).
+    """
 
     def __init__(self, folder, noisy):
         super().__init__()
         self.folder, self.noisy = folder, noisy
-        self.folder.mkdir(exist_ok=True)
+
+    def on_train_begin(self, logs=None):
+        if not (self.folder / "0000.npy").exists():
+            self.on_epoch_end(-1)
 
     def on_epoch_end(self, epoch, logs=None):
         denoised = self.model.predict(self.noisy, verbose=0)[0]
@@ -235,33 +243,31 @@ def gif_images(data):
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
-def fit(vae, data, args):
-    """Train `vae` on clean images of `data`, keeping a checkpoint after every epoch.
+def fit(vae, data, args, folder, epochs):
+    """Train `vae` on clean images, keeping a checkpoint after every epoch; go on from one that is there.
 
     Args:
         vae: Built `DenoisingVAE`; has the best weights afterwards.
         data: `load_data.Data`.
-        args: Arguments of the run.
+        args: Arguments of the run, with `batch_size`, `learning_rate`, `seed`, `sigma`.
+        folder: Where checkpoints and GIF frames are kept.
+        epochs: Passes over the training images, those of the checkpoint included.
 
     Returns:
         The metrics, a dict for each epoch.
 
     Raises:
-        util.ModelError: the loss became NaN, or the checkpoint to resume is none.
+        util.ModelError: the loss became NaN, or the checkpoint is damaged.
     """
-    folder = util.training_folder(args.out, args.name)
-    if not args.resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     batches = Batches(data.images[data.denoiser_split], args.batch_size, args.seed)
     clean = data.images["validation"]
     noisy = validation_noise(clean, args.sigma)
-    vae.compile(optimizer=build_optimizer(args.learning_rate, args.epochs * len(batches)))
+    vae.compile(optimizer=build_optimizer(args.learning_rate, epochs * len(batches)))
     vae(noisy[:1])
     vae.optimizer.build(vae.trainable_variables)
-    checkpoint = util.Checkpoint(folder, vars(args), "val_psnr")
+    checkpoint = util.Checkpoint(folder, "val_psnr")
     checkpoint.set_model(vae)
-    epochs_done = checkpoint.restore() if args.resume else 0
+    epochs_done = checkpoint.restore()
     batches.go_to(epochs_done)
     callbacks = [
         EpochStart(),
@@ -273,7 +279,7 @@ def fit(vae, data, args):
     try:
         vae.fit(
             batches,
-            epochs=args.epochs,
+            epochs=epochs,
             initial_epoch=epochs_done,
             validation_data=(noisy, clean.astype(np.float32) / 255),
             validation_batch_size=250,
@@ -377,12 +383,14 @@ def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERI
 
 
 def feature_figure(encoder, clean):
-    """The channels of z_mean of one image (1, H, W, 3), each scaled to its own range."""
-    maps = encoder.predict(clean.astype(np.float32) / 255, verbose=0)[0][0].transpose(2, 0, 1)
-    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-    maps = (maps - low) / np.maximum(high - low, 1e-6)
-    rows = [(f"{start}-", maps[start : start + 12], None) for start in range(0, len(maps), 12)]
-    return util.rows_figure(rows, f"Feature maps: the {len(maps)} channels of z_mean", cell=0.8)
+    """The channels of each level's z_mean of one image (1, H, W, 3), each scaled to its own range."""
+    rows = []
+    for level, means in enumerate(encoder.predict(clean.astype(np.float32) / 255, verbose=0)[::2], start=1):
+        maps = means[0].transpose(2, 0, 1)
+        low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+        maps = (maps - low) / np.maximum(high - low, 1e-6)
+        rows += [(f"{level}: {start}-", maps[start : start + 16], None) for start in range(0, len(maps), 16)]
+    return util.rows_figure(rows, "Feature maps of a test image: channels of z_mean, by level", cell=0.7)
 
 
 def write_gifs(stage, name, frames, clean, noisy):
@@ -416,24 +424,24 @@ def write_feature_maps(stage, name, encoder, data):
     for split, count in counts.items():
         images, labels = data.images[split][:count], data.labels[split][:count]
         batches = (images[start : start + 250] / np.float32(255) for start in range(0, len(images), 250))
-        attributes = {"run": name, "dataset": data.name, "split": split, "sigma": 0.0, "pooling": 1}
-        util.write_feature_maps(
-            stage / f"feature_maps/{name}_{split}.h5", encoder, batches, labels, attributes
-        )
+        origin = {"run": name, "dataset": data.name, "split": split, "sigma": 0.0, "pooling": 1}
+        util.write_feature_maps(stage / f"feature_maps/{name}_{split}.h5", encoder, batches, labels, origin)
     util.save_figure(feature_figure(encoder, data.spread("test", 1)), stage / f"feature_maps/{name}.png")
 
 
-def write_run(args, models, vae, data, rows):
+def write_run(args, folder, models, vae, data, rows, record=None):
     """Write everything that a training run leaves behind, all at once.
 
     Args:
         args: Arguments of the run.
+        folder: Where `fit` kept the GIF frames.
         models: Dict of autoencoders to compare by label; the last one is the run's own.
         vae: Trained `DenoisingVAE`.
         data: `load_data.Data`.
         rows: Metrics of each epoch.
+        record: What else the run record should tell.
     """
-    name, folder = args.name, util.training_folder(args.out, args.name)
+    name = args.name
     encoder, decoder = util.portable_copy(vae.encoder), util.portable_copy(vae.decoder)
     parts = {"encoder": encoder, "decoder": decoder, "autoencoder": list(models.values())[-1]}
     with util.staged(args.out, name) as stage:
@@ -445,22 +453,21 @@ def write_run(args, models, vae, data, rows):
         frames = {int(path.stem): np.load(path) for path in sorted((folder / "frames").iterdir())}
         write_gifs(stage, name, frames, clean, util.to_uint8(noisy))
         write_feature_maps(stage, name, encoder, data)
-        record = {
+        described = {
             "name": name,
             "arguments": vars(args),
             "environment": util.environment(),
             "data": {"name": data.name, "checksums": data.checksums},
             "training_images": len(data.images[data.denoiser_split]),
             "training_seconds": round(sum(row["seconds"] for row in rows)),
-            "parameters": parts["autoencoder"].count_params(),
             "epochs": len(rows),
             "best": max(rows, key=lambda row: row["val_psnr"]),
         }
-        util.write_record(stage, name, record | evaluation(models, data, TEST_IMAGES))
+        results = evaluation(models, data, TEST_IMAGES)
+        util.write_record(stage, name, described | (record or {}) | results)
         if (folder / "tensorboard").exists():
             shutil.rmtree(args.out / f"logs/{name}", ignore_errors=True)
             shutil.move(folder / "tensorboard", stage / f"logs/{name}")
-    shutil.rmtree(folder)
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
 
 
@@ -478,16 +485,39 @@ def write_figures(stage, name, models, encoder, decoder, data, rows):
 
 
 def evaluation(models, data, count):
-    """Evaluate on the first `count` test images, print the table, return it as a part of the run record."""
+    """Evaluate on the first `count` test images, print the tables, return them as a part of the record."""
     clean = data.sample("test", count)
+    costs = [{"model": label} | cost(model) for label, model in models.items()]
+    print(util.format_table(costs))
     table = evaluate(models, clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
     print(util.format_table(table))
-    return {"evaluation": {data.name: {"images": len(clean), "table": table}}}
+    return {"costs": costs, "evaluation": {data.name: {"images": len(clean), "table": table}}}
+
+
+def cost(model, side=32):
+    """What an autoencoder costs for an image of side x side pixels, and its speed on this machine."""
+    accumulates = util.multiply_accumulates(model, (side, side, 3))
+    speed = util.images_per_second(model, np.zeros((500, side, side, 3), np.float32))
+    return {
+        f"million multiply-accumulates, {side}x{side}": accumulates / 1e6,
+        "million parameters": model.count_params() / 1e6,
+        "images/s": round(speed),
+    }
+
+
+def evaluate_saved(args, models):
+    """Evaluate saved models and add the result to the run record."""
+    data = load_data(args.dataset, args.data_dir, args.size)
+    record = util.read_record(args.out, args.name)
+    with util.staged(args.out, args.name) as stage:
+        results = evaluation(models, data, args.images)
+        results["evaluation"] = record.get("evaluation", {}) | results["evaluation"]
+        util.write_record(stage, args.name, record | results)
 
 
 def add_train_options(parser):
-    """Add the options of a training run that simple and stacked share."""
+    """Add the options of a training run."""
     add_data_options(parser)
     util.add_training_options(parser, EPOCHS, BATCH_SIZE)
     parser.add_argument(
@@ -499,11 +529,10 @@ def add_train_options(parser):
         help="range of the training noise's standard deviation, on the 0-255 scale",
     )
     parser.add_argument("--filters", type=util.positive_int, default=FILTERS, help="channels, at least 12")
+    parser.add_argument("--latent-dim", type=util.positive_int, default=LATENT_DIM, help="channels of a code")
     parser.add_argument("--kl-weight", type=float, default=KL_WEIGHT, help="weight of the KL term")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="highest learning rate")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint of an interrupted run"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
 def add_evaluate_options(parser):
@@ -522,25 +551,34 @@ def sigma(text):
     return value
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda train: None):
+    """Parse the command line of this script, or of one that trains another kind of model the same way.
+
+    Args:
+        argv: Arguments, by default those of the process.
+        kind: Beginning of the default name of a run.
+        description: Docstring of the script.
+        add_own_options: Function that adds to the parser of the verb `train`, or changes its defaults.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in ("train", "evaluate", "-h", "--help"):
         argv.insert(0, "train")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Without a verb: train.")
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        epilog="Without a verb, train is meant; its options: train --help",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    train = verbs.add_parser("train", help="train a model (train --help)", formatter_class=show_defaults)
+    train = verbs.add_parser("train", help="train a model and save it", formatter_class=show_defaults)
     add_train_options(train)
-    train.add_argument(
-        "--latent-dim", type=util.positive_int, default=LATENT_DIM, help="channels of the code z"
-    )
+    add_own_options(train)
     add_evaluate_options(
         verbs.add_parser("evaluate", help="measure a saved model", formatter_class=show_defaults)
     )
     args = parser.parse_args(argv)
-    args.name = args.name or f"simple_{dataset_name(args.dataset)}"
+    args.name = args.name or f"{kind}_{dataset_name(args.dataset)}"
     if args.verb == "train":
-        if args.resume:  # what was not given now is as it was given then
+        if args.resume:  # what is not given now is as it was given then
             train.set_defaults(**util.resumed_arguments(args.out, args.name))
             args = parser.parse_args([*argv, "--name", args.name])
         if args.sigma[0] > args.sigma[1]:
@@ -552,21 +590,18 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    data = load_data(args.dataset, args.data_dir, args.size, getattr(args, "limit", None))
     if args.verb == "evaluate":
-        model = util.load_model(args.out, args.name, "autoencoder")
-        record = util.read_record(args.out, args.name)
-        with util.staged(args.out, args.name) as stage:
-            util.write_record(stage, args.name, record | evaluation({"simple": model}, data, args.images))
+        evaluate_saved(args, {"simple": util.load_model(args.out, args.name, "autoencoder")})
         return
-    with util.training(__file__, args):
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit)
+    with util.training(__file__, args) as folder:
         encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
         decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
         start_as_identity(encoder, decoder)
         vae = DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed)
-        rows = fit(vae, data, args)
+        rows = fit(vae, data, args, folder, args.epochs)
         models = {"simple": util.portable_copy(build_autoencoder(vae.encoder, vae.decoder))}
-        write_run(args, models, vae, data, rows)
+        write_run(args, folder, models, vae, data, rows)
 
 
 if __name__ == "__main__":

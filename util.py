@@ -7,9 +7,11 @@ figures, GIFs, tables, and how a script ends.
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -57,7 +59,7 @@ def add_training_options(parser, epochs, batch_size):
         "--seed", type=int, default=0, help="seed of initial weights, order and training noise"
     )
     parser.add_argument(
-        "--out", type=Path, default=HERE, help="where models/, weights/, figures/ … are written"
+        "--out", type=Path, default=HERE, help="where models/, weights/, figures/ and so on are written"
     )
     parser.add_argument(
         "--precision",
@@ -213,24 +215,48 @@ def training_folder(out, name):
 
 @contextlib.contextmanager
 def training(script, args):
-    """Prepare a training run: precision, seed, lock; on Ctrl-C or SIGTERM, tell the command that goes on.
+    """Prepare a training run: lock, working folder, precision, seed. Tell how to resume when it is stopped.
 
     Args:
         script: `__file__` of the script.
-        args: Its arguments, with `out`, `name`, `seed`, `precision`.
+        args: Its arguments, with `out`, `name`, `resume`, `seed`, `precision`.
+
+    Yields:
+        The working folder of the run, for checkpoints; it is left when the block fails.
     """
-    if (Path(args.out) / "logs" / f"{args.name}.json").exists():
+    out, folder = Path(args.out), training_folder(args.out, args.name)
+    if (out / "logs" / f"{args.name}.json").exists():
         print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
     command = f"python {Path(script).name} --resume --name {args.name}"
-    if Path(args.out) != HERE:
-        command += f" --out {args.out}"
-    with locked(args.out, args.name):
+    if out != HERE:
+        command += f" --out {out}"
+    with locked(out, args.name):
+        if not args.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / "arguments.json") as path:
+            path.write_text(json.dumps(vars(args), default=str), encoding="utf-8")
         try:
-            yield
+            yield folder
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Stopped. Go on with: {command}") from None
+        shutil.rmtree(folder)
+
+
+def resumed_arguments(out, name):
+    """Arguments of the interrupted run `name`, without those that belong to the command that resumes it.
+
+    Raises:
+        ModelError: there is no such run.
+    """
+    path = training_folder(out, name) / "arguments.json"
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not found, nothing to resume; train without --resume") from None
+    return {key: value for key, value in arguments.items() if key not in ("verb", "out", "resume")}
 
 
 def sha256_of(path):
@@ -380,6 +406,52 @@ def stride(model):
     return factor
 
 
+def multiply_accumulates(model, *shapes):
+    """Count the multiply-accumulates of a model's convolutions and dense layers for one input.
+
+    Args:
+        model: Functional model; models nested in it are counted too.
+        shapes: Shape of each input without the batch, such as (32, 32, 3).
+
+    Returns:
+        Number of multiply-accumulates; additions of biases, activations and the like are left out.
+    """
+    inputs = [keras.Input(shape) for shape in shapes]
+    return _multiply_accumulates(model, inputs if len(inputs) > 1 else inputs[0])
+
+
+def _multiply_accumulates(model, inputs):
+    total = 0
+
+    def call(layer, *args, **kwargs):
+        nonlocal total
+        output = layer(*args, **kwargs)
+        if isinstance(layer, keras.Model):
+            total += _multiply_accumulates(layer, args[0])
+        elif hasattr(layer, "kernel"):
+            # the kernel is applied at each output position, a transposed convolution's at each input position
+            transposed = isinstance(layer, keras.layers.Conv2DTranspose)
+            positions = (args[0] if transposed else output).shape[1:-1]
+            total += math.prod(positions) * math.prod(layer.kernel.shape)
+        return output
+
+    # only the walk over the graph is wanted, where every shape is known: the layers are not copied
+    keras.models.clone_model(
+        model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=call
+    )
+    return total
+
+
+def images_per_second(model, images, repeats=3):
+    """Speed of a model on this machine: the best of some passes over `images` (N, H, W, 3) after a first."""
+    seconds = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        model.predict(images, batch_size=250, verbose=0)
+        seconds.append(time.perf_counter() - started)
+    return len(images) / min(seconds[1:])
+
+
 def denoise(model, noisy, batch_size=250):
     """Denoise a batch of images of any size.
 
@@ -435,19 +507,18 @@ class Checkpoint(keras.callbacks.Callback):
     """Keep, after every epoch, all that is needed to go on, and the best weights so far.
 
     Does the work of `BackupAndRestore`, `ModelCheckpoint` and `CSVLogger`, but atomically: weights,
-    optimizer, epoch, history and arguments are one file that is replaced at once, so that no kill can
-    leave them apart and the best value is not forgotten.
+    optimizer, epoch and history are one file that is replaced at once, so that no kill can leave them apart
+    and the best value is not forgotten.
 
     Args:
-        folder: Working folder of the run; removed by the caller when the run has ended well.
-        arguments: Arguments of the run, stored with the checkpoint.
+        folder: Where to keep `checkpoint.weights.h5`, `best.weights.h5` and `epochs.csv`.
         monitor: Metric of the validation split to be maximized.
     """
 
-    def __init__(self, folder, arguments, monitor):
+    def __init__(self, folder, monitor):
         super().__init__()
-        self.folder, self.arguments, self.monitor = Path(folder), arguments, monitor
-        self.best_path = self.folder / "best.weights.h5"
+        self.folder, self.monitor = Path(folder), monitor
+        self.path, self.best_path = self.folder / "checkpoint.weights.h5", self.folder / "best.weights.h5"
         self.rows = []
 
     @property
@@ -456,17 +527,30 @@ class Checkpoint(keras.callbacks.Callback):
         return max(self.rows, key=lambda row: row[self.monitor], default=None)
 
     def restore(self):
-        """Load the checkpoint into the model of `set_model`, built and compiled; returns the epochs done."""
-        path = self.folder / "checkpoint.weights.h5"
-        state = read_checkpoint(path)
+        """Load the checkpoint, if there is one, into the model of `set_model`, built and compiled.
+
+        Returns:
+            Number of epochs done.
+
+        Raises:
+            ModelError: not a checkpoint, or one of another architecture.
+        """
+        path = self.path
+        if not path.exists():
+            return 0
+        try:
+            with h5py.File(path) as file:
+                rows = json.loads(file.attrs["rows"])
+        except (OSError, KeyError, ValueError):
+            raise ModelError(f"{path}: damaged checkpoint; train without --resume") from None
         try:
             self.model.load_weights(path)
         except Exception as error:
             raise ModelError(
                 f"{path}: does not fit this model ({_first_line(error)}); train without --resume"
             ) from None
-        self.rows = state["rows"]
-        return len(self.rows)
+        self.rows = rows
+        return len(rows)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.monotonic()
@@ -480,45 +564,24 @@ class Checkpoint(keras.callbacks.Callback):
             with atomic(self.best_path) as path:
                 self.model.save_weights(path)
         self.rows.append(row)
-        with atomic(self.folder / "checkpoint.weights.h5") as path:
+        with atomic(self.path) as path:
             self.model.save_weights(path)
             with h5py.File(path, "a") as file:
-                file.attrs["state"] = json.dumps(
-                    {"arguments": self.arguments, "rows": self.rows}, default=str
-                )
+                file.attrs["rows"] = json.dumps(self.rows)
         write_csv(self.folder / "epochs.csv", self.rows)
-
-
-def read_checkpoint(path):
-    """Read the arguments and the epochs so far of a checkpoint.
-
-    Returns:
-        dict with `arguments` (of the run) and `rows` (a dict for each epoch done).
-
-    Raises:
-        ModelError: nothing to resume, or not a checkpoint.
-    """
-    if not Path(path).exists():
-        raise ModelError(f"{path}: not found, nothing to resume; train without --resume")
-    try:
-        with h5py.File(path) as file:
-            return json.loads(file.attrs["state"])
-    except (OSError, KeyError, ValueError):
-        raise ModelError(f"{path}: damaged checkpoint; train without --resume") from None
-
-
-def resumed_arguments(out, name):
-    """Arguments of the interrupted run `name`, without those that belong to the command that resumes it."""
-    arguments = read_checkpoint(training_folder(out, name) / "checkpoint.weights.h5")["arguments"]
-    return {key: value for key, value in arguments.items() if key not in ("verb", "out", "resume")}
 
 
 def tensorboard(folder):
     """TensorBoard callback in a list; empty, with a notice, where it is not installed."""
-    if not all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard")):
+    return [keras.callbacks.TensorBoard(folder, write_graph=False)] if _has_tensorboard() else []
+
+
+@functools.cache
+def _has_tensorboard():
+    there = all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard"))
+    if not there:
         print("TensorBoard logs are left out: they need the packages tensorflow and tensorboard.")
-        return []
-    return [keras.callbacks.TensorBoard(folder, write_graph=False)]
+    return there
 
 
 def rows_figure(rows, title="", cell=1.35):
@@ -613,7 +676,7 @@ def save_gif(figures, path):
         canvas.draw()
         frames.append(np.asarray(canvas.buffer_rgba())[..., :3])
     durations = [GIF_FRAME_MS] * (len(frames) - 1) + [6 * GIF_FRAME_MS]
-    iio.imwrite(path, np.stack(frames), duration=durations, loop=0)
+    iio.imwrite(path, np.stack(frames), duration=durations if len(frames) > 1 else GIF_FRAME_MS, loop=0)
 
 
 def write_feature_maps(path, encoder, images, labels, attributes, batch_size=250):

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ TINY = ["--dataset=photos", "--limit=64", "--batch-size=16", "--filters=12", "--
 def start(script, *arguments, **options):
     """Start one of the scripts as a user would, from another folder than its own."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a background job of a shell ignores Ctrl-C, and so would what it starts
+    return subprocess.Popen(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes, **options
+    )
 
 
 def run(script, *arguments, **options):
@@ -23,6 +28,11 @@ def run(script, *arguments, **options):
     process = start(script, *arguments, **options)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, without_greeting(err)
+
+
+def table_rows(printed):
+    """The lines of the evaluation tables that a script printed; each begins with sigma."""
+    return [line for line in printed.splitlines() if line.startswith("|    ")]
 
 
 def without_greeting(err):

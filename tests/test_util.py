@@ -76,6 +76,14 @@ def test_stride_counts_nested_models():
     assert util.stride(outer) == 4
 
 
+def test_multiply_accumulates_against_a_hand_count():
+    image = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(8, 3, strides=2, padding="same")(small_model()(image))
+    model = keras.Model(image, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
+    inner = 8 * 16 * (2 * 2 * 3 * 4) + 8 * 16 * (2 * 2 * 4 * 3)  # 16x32 image: 8x16 cells, there and back
+    assert util.multiply_accumulates(model, (16, 32, 3)) == inner + 8 * 16 * (3 * 3 * 3 * 8) + 8 * 10
+
+
 def test_saved_json_fits_older_keras_and_names_no_policy(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -201,19 +209,17 @@ def test_checkpoint_keeps_best_and_last(tmp_path):
     model = small_model()
     model.compile("sgd", "mse")
     model.optimizer.build(model.trainable_variables)
-    checkpoint = util.Checkpoint(tmp_path, {"seed": 3}, "val_psnr")
+    checkpoint = util.Checkpoint(tmp_path, "val_psnr")
     checkpoint.set_model(model)
     for epoch, psnr in enumerate((20.0, 30.0, 25.0)):
         model.set_weights([np.full_like(weight, psnr) for weight in model.get_weights()])
         checkpoint.on_epoch_begin(epoch)
         checkpoint.on_epoch_end(epoch, {"val_psnr": psnr})
-    state = util.read_checkpoint(tmp_path / "checkpoint.weights.h5")
-    assert state["arguments"] == {"seed": 3}
-    assert [row["val_psnr"] for row in state["rows"]] == [20, 30, 25]
     assert (tmp_path / "epochs.csv").read_text().startswith("epoch,val_psnr,seconds\n1,20.0,")
-    resumed = util.Checkpoint(tmp_path, {}, "val_psnr")
+    resumed = util.Checkpoint(tmp_path, "val_psnr")
     resumed.set_model(model)
     assert resumed.restore() == 3
+    assert [row["val_psnr"] for row in resumed.rows] == [20, 30, 25]
     assert model.get_weights()[0].max() == 25
     resumed.on_epoch_begin(3)
     resumed.on_epoch_end(3, {"val_psnr": 29.0})  # better than the last, not than the best
@@ -222,22 +228,21 @@ def test_checkpoint_keeps_best_and_last(tmp_path):
 
 
 def test_checkpoint_faults_are_told(tmp_path):
-    with pytest.raises(ModelError, match="nothing to resume"):
-        util.read_checkpoint(tmp_path / "checkpoint.weights.h5")
-    for content in (b"", b"no HDF5"):
-        (tmp_path / "checkpoint.weights.h5").write_bytes(content)
-        with pytest.raises(ModelError, match="damaged checkpoint; train without --resume"):
-            util.read_checkpoint(tmp_path / "checkpoint.weights.h5")
-    with h5py.File(tmp_path / "checkpoint.weights.h5", "w") as file:
-        file.attrs["state"] = json.dumps({"rows": [], "arguments": {}})
-    checkpoint = util.Checkpoint(tmp_path, {}, "val_psnr")
+    checkpoint = util.Checkpoint(tmp_path, "val_psnr")
     checkpoint.set_model(small_model())
+    assert checkpoint.restore() == 0
+    for content in (b"", b"no HDF5"):
+        checkpoint.path.write_bytes(content)
+        with pytest.raises(ModelError, match="damaged checkpoint; train without --resume"):
+            checkpoint.restore()
+    with h5py.File(checkpoint.path, "w") as file:
+        file.attrs["rows"] = json.dumps([])
     with pytest.raises(ModelError, match="does not fit this model"):
         checkpoint.restore()
 
 
 def test_validation_that_is_not_a_number_stops_before_it_is_kept(tmp_path):
-    checkpoint = util.Checkpoint(tmp_path, {}, "val_psnr")
+    checkpoint = util.Checkpoint(tmp_path, "val_psnr")
     checkpoint.set_model(small_model())
     checkpoint.on_epoch_begin(0)
     with pytest.raises(RuntimeError, match="val_psnr is nan after epoch 1"):

@@ -1,0 +1,185 @@
+import json
+import os
+import signal
+
+import simple_autoencoder as simple
+import stack_autoencoder as stack
+import util
+
+import h5py
+import imageio.v3 as iio
+import keras
+import numpy as np
+import pytest
+from conftest import TINY, run, start, table_rows
+
+STACK = ["--filters=20", "--latent-dim=14"]
+
+
+def level_one(seed=0):
+    keras.utils.set_random_seed(seed)
+    models = simple.build_encoder(16, 1, 14), simple.build_decoder(16, 1, 14)
+    simple.start_as_identity(*models)
+    return models
+
+
+def shaken(model, seed=0):
+    rng = np.random.default_rng(seed)
+    model.set_weights([weight + rng.normal(0, 0.05, weight.shape) for weight in model.get_weights()])
+    return model
+
+
+def test_stack_starts_as_level_one():
+    models = [shaken(model) for model in level_one()]
+    stacked = [stack.stack_encoder(models[0], 20, 2, 18), stack.stack_decoder(models[1], 20, 1, 18)]
+    images = np.random.default_rng(0).random((2, 8, 12, 3)).astype(np.float32)
+    alone, together = (simple.build_autoencoder(*pair)(images) for pair in (models, stacked))
+    np.testing.assert_array_equal(alone, together)
+
+
+def test_codes_of_both_levels_reach_the_decoder_in_their_order():
+    models = [shaken(model) for model in level_one()]
+    encoder = shaken(stack.stack_encoder(models[0], 20, 2, 18))
+    decoder = shaken(stack.stack_decoder(models[1], 20, 1, 18))
+    images = np.random.default_rng(0).random((2, 8, 12, 3)).astype(np.float32)
+    codes = encoder.predict(images, verbose=0)
+    assert [code.shape for code in codes] == [(2, 4, 6, 14)] * 2 + [(2, 2, 3, 18)] * 2
+    whole = simple.build_autoencoder(encoder, decoder).predict(images, verbose=0)
+    np.testing.assert_allclose(decoder.predict(codes[::2], verbose=0), whole, atol=1e-5)
+    for level in (0, 2):
+        codes[level] = codes[level] + 1
+        assert np.abs(decoder.predict(codes[::2], verbose=0) - whole).max() > 1e-3
+        codes[level] = codes[level] - 1
+    assert util.stride(simple.build_autoencoder(encoder, decoder)) == 4
+
+
+def test_arithmetic_stays_within_the_bounds():
+    one = simple.build_encoder(), simple.build_decoder()
+    simple_count = util.multiply_accumulates(simple.build_autoencoder(*one), (32, 32, 3))
+    f, z, cells = simple.FILTERS, simple.LATENT_DIM, 16 * 16
+    blocks = simple.ENCODER_BLOCKS + simple.DECODER_BLOCKS
+    assert simple_count == cells * (2 * 12 * f + blocks * 2 * 9 * f * f + 3 * f * z)
+    assert simple_count <= 110e6
+    both = stack.stack_encoder(one[0]), stack.stack_decoder(one[1])
+    f2, z2, blocks2 = stack.FILTERS, stack.LATENT_DIM, stack.ENCODER_BLOCKS + stack.DECODER_BLOCKS
+    level_two = 8 * 8 * (4 * z * f2 + 4 * f2 * z + blocks2 * 2 * 9 * f2 * f2 + 3 * f2 * z2)
+    total = util.multiply_accumulates(simple.build_autoencoder(*both), (32, 32, 3))
+    assert total == simple_count + level_two
+    assert total <= 220e6
+
+
+def test_level_one_is_loaded_as_it_was_saved(trained):
+    out = trained[0]
+    for part, model in zip(("encoder", "decoder"), stack.load_level_one(out, "simple_photos"), strict=True):
+        saved = util.load_model(out, "simple_photos", part)
+        for ours, theirs in zip(model.get_weights(), saved.get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(util.ModelError, match="not found; there is simple_photos"):
+        stack.load_level_one(out, "simple_cifar10")
+
+
+@pytest.fixture(scope="module")
+def stacked(trained):
+    """Output folder in which a stack was trained on the short training of the photographs."""
+    out = trained[0]
+    code, printed, err = run(
+        "stack_autoencoder.py", *TINY, *STACK, "--epochs=2", "--greedy-epochs=1", "--out", out
+    )
+    assert code == 0, err
+    return out, printed
+
+
+def test_run_tells_what_each_stage_brought(stacked):
+    out, printed = stacked
+    record = util.read_record(out, "stacked_photos")
+    stages = record["validation_psnr"]
+    assert list(stages) == ["simple", "greedy", "joint"]
+    assert stages["joint"] > stages["simple"]
+    for stage in stages.values():
+        assert f"{stage:.2f} dB" in printed
+    lines = (out / "logs/stacked_photos.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [["greedy", "1"], ["joint", "2"], ["joint", "3"]]
+    header = "| sigma | noisy PSNR | simple PSNR | stacked PSNR | noisy SSIM | simple SSIM | stacked SSIM |"
+    assert header in printed
+    assert record["base"] == "simple_photos"
+
+
+def test_stacked_files_are_those_of_simple(stacked):
+    out, name = stacked[0], "stacked_photos"
+    simple_files = {path.name for path in out.rglob("*simple_photos*") if path.is_file()}
+    stacked_files = {path.name for path in out.rglob("*stacked_photos*") if path.is_file()}
+    assert stacked_files == {file.replace("simple", "stacked") for file in simple_files}
+    for kind in ("reconstructions", "sweep", "posterior", "history"):
+        assert iio.imread(out / f"figures/{name}_{kind}.png").std() > 5
+    with h5py.File(out / f"feature_maps/{name}_test.h5") as file:
+        assert file["features"].shape == (32, 12, 12, 14)
+        assert file.attrs["run"] == name
+
+
+def test_level_one_is_frozen_in_the_greedy_stage(stacked, tmp_path, monkeypatch):
+    seen = {}
+    fit = simple.fit
+
+    def watch(vae, data, args, folder, epochs):
+        parts = [vae.encoder.get_layer("encoder"), vae.decoder.get_layer("decoder")]
+        before = [weight for part in parts for weight in part.get_weights()]
+        rows = fit(vae, data, args, folder, epochs)
+        after = [weight for part in parts for weight in part.get_weights()]
+        seen[folder.name] = max(np.abs(a - b).max() for a, b in zip(before, after, strict=True))
+        return rows
+
+    monkeypatch.setattr(simple, "fit", watch)
+    arguments = [*TINY, *STACK, "--epochs=1", "--greedy-epochs=1", f"--out={stacked[0]}", "--name=again"]
+    stack.main(arguments)
+    assert seen["greedy"] == 0
+    assert seen["joint"] > 1e-4
+
+
+def test_evaluate_shows_simple_beside_stacked(stacked):
+    out, printed = stacked
+    code, again, err = run("stack_autoencoder.py", "evaluate", "--dataset=photos", "--out", out)
+    assert (code, err) == (0, "")
+    assert len(table_rows(printed)) == 5
+    assert table_rows(again) == table_rows(printed)
+
+
+def test_missing_base_lists_what_is_there(stacked):
+    arguments = ["--dataset=photos", "--base=simple_stl10", "--out", stacked[0]]
+    code, _, err = run("stack_autoencoder.py", *arguments)
+    assert code == 1
+    path = stacked[0] / "models/autoencoder_simple_stl10.json"
+    assert err.startswith(f"{path}: not found; there is ")
+    assert "simple_photos" in err
+
+
+def test_stack_on_a_stack_is_refused(stacked, tmp_path):
+    arguments = [*TINY, "--base=stacked_photos", "--name=double", "--out", stacked[0]]
+    code, _, err = run("stack_autoencoder.py", *arguments)
+    assert code == 1
+    assert "encoder_stacked_photos.json: not of a simple model; choose another --base" in err
+
+
+@pytest.mark.parametrize("stage, epoch", [("greedy", "Epoch 1/1"), ("joint", "Epoch 2/2")])
+def test_interrupted_stack_resumes_to_the_same_weights(stacked, tmp_path, stage, epoch):
+    out = stacked[0]
+    for folder in ("models", "weights"):
+        (tmp_path / folder).mkdir()
+        for path in (out / folder).glob("*_simple_photos.*"):
+            (tmp_path / folder / path.name).write_bytes(path.read_bytes())
+    arguments = [*TINY, *STACK, "--epochs=2", "--greedy-epochs=1", "--out", tmp_path]
+    process = start("stack_autoencoder.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    while epoch not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 130
+    resume = ["--resume", "--name=stacked_photos", "--out", tmp_path]
+    code, _, err = run("stack_autoencoder.py", *resume)
+    assert code == 0, err
+    for ours, theirs in zip(
+        util.load_model(tmp_path, "stacked_photos", "autoencoder").get_weights(),
+        util.load_model(out, "stacked_photos", "autoencoder").get_weights(),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert json.loads((tmp_path / "logs/stacked_photos.json").read_text())["arguments"]["greedy_epochs"] == 1
