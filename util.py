@@ -540,7 +540,7 @@ class Checkpoint(keras.callbacks.Callback):
             return 0
         try:
             with h5py.File(path) as file:
-                rows = json.loads(file.attrs["rows"])
+                rows = json.loads(file["history"].asstr()[()])
         except (OSError, KeyError, ValueError):
             raise ModelError(f"{path}: damaged checkpoint; train without --resume") from None
         try:
@@ -567,7 +567,7 @@ class Checkpoint(keras.callbacks.Callback):
         with atomic(self.path) as path:
             self.model.save_weights(path)
             with h5py.File(path, "a") as file:
-                file.attrs["rows"] = json.dumps(self.rows)
+                file["history"] = json.dumps(self.rows)
         write_csv(self.folder / "epochs.csv", self.rows)
 
 

@@ -227,6 +227,18 @@ def test_checkpoint_keeps_best_and_last(tmp_path):
     assert model.get_weights()[0].max() == 30
 
 
+def test_checkpoint_of_a_long_training(tmp_path):
+    model = small_model()
+    model.compile("sgd", "mse")
+    checkpoint = util.Checkpoint(tmp_path, "val_psnr")
+    checkpoint.set_model(model)
+    checkpoint.rows = [{"epoch": n, "val_psnr": 20.0, "seconds": 100.0} for n in range(2000)]
+    checkpoint.on_epoch_begin(2000)
+    checkpoint.on_epoch_end(2000, {"val_psnr": 21.0})
+    checkpoint.rows = []
+    assert checkpoint.restore() == 2001
+
+
 def test_checkpoint_faults_are_told(tmp_path):
     checkpoint = util.Checkpoint(tmp_path, "val_psnr")
     checkpoint.set_model(small_model())
@@ -236,7 +248,7 @@ def test_checkpoint_faults_are_told(tmp_path):
         with pytest.raises(ModelError, match="damaged checkpoint; train without --resume"):
             checkpoint.restore()
     with h5py.File(checkpoint.path, "w") as file:
-        file.attrs["rows"] = json.dumps([])
+        file["history"] = json.dumps([])
     with pytest.raises(ModelError, match="does not fit this model"):
         checkpoint.restore()
 
