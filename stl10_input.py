@@ -111,10 +111,6 @@ def _receive(url, part, timeout):
             raise ConnectionError(f"the connection broke after {have:,} of {total:,} bytes")
 
 
-def _by_hand(url, path):
-    return f"download {url} by other means and put it at {path}"
-
-
 def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
     """Download `url` to `path`, resuming and verifying.
 
@@ -144,6 +140,7 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
             return path
         print(f"{path}: incomplete or damaged, trying to complete it")
         os.replace(path, part)
+    by_hand = f"download it by other means and put it at {path}"
     resumed = part.exists()
     print(f"Downloading {url}" + (f", resuming at {part.stat().st_size / 1e6:,.0f} MB" if resumed else ""))
     failures = 0
@@ -153,14 +150,15 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
             _receive(url, part, timeout)
             break
         except DataError as error:
-            raise DataError(f"{error}; {_by_hand(url, path)}") from None
+            raise DataError(f"{error}; {by_hand}") from None
         except NETWORK_FAULTS as error:
             gained = part.exists() and part.stat().st_size > before
             failures = 1 if gained else failures + 1
+            told = error.reason if type(error) is urllib.error.URLError else error
             permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
             if failures >= attempts or permanent:
-                raise DataError(f"{url}: {error}; run again to go on, or {_by_hand(url, path)}") from None
-            print(f"  {error}; trying again in {pause * 2 ** (failures - 1):.0f} s", flush=True)
+                raise DataError(f"{url}: {told}; run again to go on, or {by_hand}") from None
+            print(f"  {told}; trying again in {pause * 2 ** (failures - 1):.0f} s", flush=True)
             time.sleep(pause * 2 ** (failures - 1))
     found = md5_of(part)
     if found != md5:
@@ -168,7 +166,7 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
         if resumed:  # perhaps only the old beginning was bad
             print(f"{path}: checksum of the resumed download is wrong, starting over")
             return download(url, path, md5, timeout, attempts, pause)
-        raise DataError(f"{path}: MD5 is {found}, expected {md5}; run again, or {_by_hand(url, path)}")
+        raise DataError(f"{url}: its MD5 is {found}, expected {md5}; run again, or {by_hand}")
     os.replace(part, path)
     return path
 

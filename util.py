@@ -680,7 +680,7 @@ def save_gif(figures, path):
 
 
 def write_feature_maps(path, encoder, images, labels, attributes, batch_size=250):
-    """Stream the feature maps (first output, `z_mean`) of a saved encoder to an HDF5 file.
+    """Stream the feature maps (z_mean of the last level) of a saved encoder to an HDF5 file.
 
     Args:
         path: File to write: `features` (N, h, w, c) float16, `labels` (N,) int64, and the attributes.
@@ -694,7 +694,7 @@ def write_feature_maps(path, encoder, images, labels, attributes, batch_size=250
     with h5py.File(path, "w") as file:
         file.attrs.update(attributes)
         for batch in images:
-            maps = encoder.predict(batch, batch_size=batch_size, verbose=0)[0].astype(np.float16)
+            maps = encoder.predict(batch, batch_size=batch_size, verbose=0)[-2].astype(np.float16)
             if not done:
                 shape = (len(labels), *maps.shape[1:])
                 features = file.create_dataset("features", shape, np.float16, chunks=(1, *maps.shape[1:]))
