@@ -22,8 +22,9 @@ from stl10_input import DataError
 from util import (
     HERE,
     atomic,
+    first_line,
     format_table,
-    positive_int,
+    number,
     progress_verbosity,
     psnr,
     rows_figure,
@@ -32,10 +33,9 @@ from util import (
     to_uint8,
 )
 
-import imageio.v3 as iio
 import keras
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
@@ -53,13 +53,17 @@ CIFAR10_FILE_MD5 = {
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PHOTOS_CLASSES = ("china", "flower")
 
+BUILT_IN = ("cifar10", "stl10", "photos")
+
 SIGMAS = (15, 25, 35, 50, 75)  # of the protocol, on the 0-255 scale
 TEST_NOISE_SEED = 0
 SPLIT_SEED = 0
 VALIDATION = 1000  # images at most, and at most a tenth of the training set
 STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
+MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder
+WHOLE_PICTURES = 10  # with fewer photographs, each is divided among the splits
 CACHE_VERSION = 1
 
 
@@ -85,8 +89,12 @@ class Data:
 
     def spread(self, split, count):
         """At most `count` images at even distances over a split; neighbours may look alike."""
-        total = len(self.images[split])
-        return self.images[split][np.linspace(0, total, min(count, total), endpoint=False).astype(int)]
+        return self.images[split][evenly(len(self.images[split]), count)]
+
+
+def evenly(total, count):
+    """At most `count` indices at even distances over range(total)."""
+    return np.linspace(0, total, min(count, total), endpoint=False).astype(int)
 
 
 def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
@@ -130,8 +138,11 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
 
 
 def dataset_name(dataset):
-    """Name of a data set in the names of runs: a folder's is its last part."""
-    return "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(dataset).resolve().name) or "folder"
+    """Name of a data set in the names of runs; that of a folder is its last part."""
+    if dataset in BUILT_IN:
+        return dataset
+    name = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(dataset).resolve().name) or "root"
+    return f"{name}_folder" if name in BUILT_IN else name
 
 
 class _CifarUnpickler(pickle.Unpickler):
@@ -223,9 +234,10 @@ def _load_stl10(data_dir, size):
             return images, np.full(len(images), -1)
         return images, stl10_input.read_labels(files[f"{name}_y"]).astype(np.int64) - 1
 
-    data = _with_validation(
-        "stl10", *split("train"), split("test"), stl10_input.CLASS_NAMES, stl10_input.FILE_MD5
-    )
+    # the 2.76 GB of the unlabelled split were verified when they were extracted
+    hashed = [name for name in stl10_input.FILE_MD5 if "unlabeled" not in name]
+    checksums = {name: stl10_input.md5_of(data_dir / name) for name in hashed}
+    data = _with_validation("stl10", *split("train"), split("test"), stl10_input.CLASS_NAMES, checksums)
     data.images["unlabeled"], data.labels["unlabeled"] = split("unlabeled")
     return data
 
@@ -243,39 +255,43 @@ def _cached_resize(images, size, cache):
     """Resize a split that may be larger than memory, once, into a `.npy` file; returns it memory-mapped."""
     if not cache.exists():
         print(f"Resizing {len(images):,} images to {size}x{size} into {cache}", flush=True)
-        with atomic(cache) as path:
-            resized = np.lib.format.open_memmap(path, "w+", np.uint8, (len(images), size, size, 3))
-            progress = keras.utils.Progbar(len(images), verbose=progress_verbosity())
+        shape = (len(images), size, size, 3)
+        progress = keras.utils.Progbar(len(images), verbose=progress_verbosity())
+        # not through a memory map, where a full disk would kill the process
+        with atomic(cache) as path, open(path, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(images), 1000):
-                resized[start : start + 1000] = resize(images[start : start + 1000], size)
+                file.write(resize(images[start : start + 1000], size))
                 progress.update(min(start + 1000, len(images)))
-            resized.flush()
     return _open_cache(cache, (len(images), size, size, 3))
 
 
-def _open_cache(cache, shape):
+def _open_cache(cache, shape, dtype=np.uint8):
     """Map a cache file; `shape` may leave the number of images open with None."""
     try:
         array = np.load(cache, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise DataError(f"{cache}: damaged cache ({error}); delete it and run again") from None
-    if array.dtype != np.uint8 or array.shape != (shape[0] or len(array), *shape[1:]):
-        raise DataError(
-            f"{cache}: holds {array.dtype} {array.shape}, not what its name says; delete it and run again"
-        )
+    if array.dtype != dtype or array.shape != (shape[0] or len(array), *shape[1:]):
+        found = f"{array.dtype} {array.shape}"
+        raise DataError(f"{cache}: holds {found}, not what its name says; delete it and run again")
     return array
 
 
 def read_picture(path):
-    """Read an image file of any kind as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha."""
-    picture = iio.imread(path, plugin="pillow", index=0, rotate=True)
-    if picture.dtype == bool:
-        picture = picture * np.uint8(255)
-    elif picture.dtype != np.uint8:  # 16 bit, which Pillow may hand over as int32
-        picture = (picture // 257).astype(np.uint8)
-    if picture.ndim == 2 or picture.shape[2] < 3:  # grey, perhaps with alpha
-        picture = np.repeat(picture.reshape(*picture.shape[:2], -1)[..., :1], 3, axis=2)
-    return picture[..., :3]
+    """Read an image file of any kind as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
+
+    Raises:
+        OSError: not an image, or one of floating point, whose range is not known.
+    """
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise OSError("floating point pixels")
+        if image.mode.startswith("I"):  # 16 bits, which conversion to RGB would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
 
 
 def cut(picture, size, step):
@@ -289,8 +305,8 @@ def cut(picture, size, step):
 def _cut_and_split(pictures, count, size):
     """Split `count` pictures among train, validation and test, then cut them.
 
-    Of ten pictures and more, a twentieth each is kept for validation and test; of fewer, every picture is
-    split into vertical bands instead. Training patches overlap by half, the others not at all.
+    Of WHOLE_PICTURES and more, a twentieth each is kept for validation and test; of fewer, every picture
+    is split into vertical bands instead. Training patches overlap by half, the others not at all.
 
     Args:
         pictures: Iterable of (uint8 picture (H, W, 3), label).
@@ -308,7 +324,7 @@ def _cut_and_split(pictures, count, size):
     patches = {split: [] for split in ("train", "validation", "test")}
     labels = {split: [] for split in patches}
     for index, (picture, label) in enumerate(pictures):
-        if count >= 10:
+        if count >= WHOLE_PICTURES:
             regions = {whole[index]: picture}
         else:
             first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
@@ -320,7 +336,13 @@ def _cut_and_split(pictures, count, size):
                 cuts = cuts[np.sort(rng.choice(len(cuts), max(1, MAX_PATCHES // count), replace=False))]
             patches[split].append(np.ascontiguousarray(cuts))
             labels[split].append(np.full(len(cuts), label, np.int64))
-    return [{split: np.concatenate(parts[split]) for split in parts} for parts in (patches, labels)]
+    patches, labels = (
+        {split: np.concatenate(parts[split]) for split in parts} for parts in (patches, labels)
+    )
+    kept = evenly(len(labels["validation"]), VALIDATION)
+    return patches | {"validation": patches["validation"][kept]}, labels | {
+        "validation": labels["validation"][kept]
+    }
 
 
 def _load_photos(size):
@@ -376,7 +398,10 @@ def _load_folder(folder, data_dir, size):
                 with atomic(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, array)
     images = {split: _open_cache(path, (None, size, size, 3)) for split, path in cache.items()}
-    labels = {split: np.load(path) for split, path in cached_labels.items()}
+    labels = {
+        split: np.array(_open_cache(path, (len(images[split]),), np.int64))
+        for split, path in cached_labels.items()
+    }
     return _nonempty(Data(name, images, labels, classes, {"listing": digest}), folder, size)
 
 
@@ -387,7 +412,7 @@ def _readable_pictures(files, folder, classes):
         try:
             yield read_picture(path), label
         except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-            print(f"{path}: left out, not a readable image ({str(error).splitlines()[0]})", flush=True)
+            print(f"{path}: left out, not a readable image ({first_line(error)})", flush=True)
             yield np.empty((0, 0, 3), np.uint8), label
 
 
@@ -431,7 +456,7 @@ def fit_pca(images, energy=0.95):
 
 
 class Batches(keras.utils.PyDataset):
-    """Feed `fit` with clean images, in a new order every epoch, half of them mirrored.
+    """Feed `fit` with clean images, in a new order every epoch (`go_to`), half of them mirrored.
 
     Order and mirroring depend on seed, epoch and position alone, so that a resumed training sees what an
     uninterrupted one would have seen. Images may be memory-mapped and larger than memory.
@@ -466,9 +491,6 @@ class Batches(keras.utils.PyDataset):
         clean = np.ascontiguousarray(batch, np.float32) / 255
         return clean, clean
 
-    def on_epoch_end(self):
-        self.go_to(self.epoch + 1)
-
 
 def _memory_map(array):
     """The `mmap.mmap` that an array is a view of, or None."""
@@ -495,12 +517,9 @@ def add_data_options(parser):
     )
     parser.add_argument(
         "--size",
-        type=positive_int,
+        type=number(int, MIN_SIZE),
         default=None,
         help=f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})",
-    )
-    parser.add_argument(
-        "--limit", type=positive_int, default=None, help="use the first LIMIT training images only"
     )
 
 

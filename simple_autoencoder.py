@@ -21,12 +21,14 @@ from pathlib import Path
 
 import util
 from load_data import (
+    BUILT_IN,
     SIGMAS,
     TEST_NOISE_SEED,
     Batches,
     add_data_options,
     add_noise,
     dataset_name,
+    evenly,
     load_data,
 )
 
@@ -56,6 +58,7 @@ VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 TEST_IMAGES = 1000
 SHOWN = 8  # images in a figure
 SHOWN_SIGMA = 50
+GIF_FRAMES = 50  # at most
 SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
 POSTERIOR_SAMPLES = 20
@@ -154,7 +157,7 @@ class DenoisingVAE(keras.Model):
     """
 
     def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0):
-        super().__init__()
+        super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
         self.sigma, self.kl_weight, self.seed = sigma, kl_weight, seed
         self.random = keras.random.SeedGenerator(seed)
@@ -194,10 +197,23 @@ def kl_divergence(z_mean, z_log_var):
 
 
 class EpochStart(keras.callbacks.Callback):
-    """Set the noise's seed by the epoch, so that a resumed training draws what an uninterrupted one would."""
+    """Set order and noise by the epoch, so that a resumed training draws what an uninterrupted one would.
+
+    Args:
+        batches: `load_data.Batches` that feeds the training.
+        epochs_before: Epochs of earlier stages, whose order and noise are not to come again.
+    """
+
+    def __init__(self, batches, epochs_before):
+        super().__init__()
+        self.batches, self.epochs_before = batches, epochs_before
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.model.random.state.assign(np.array([self.model.seed, epoch], np.uint32))
+        epoch += self.epochs_before
+        self.batches.go_to(epoch)
+        # hashed, since a SeedGenerator counts its draws from its state on: neighbours would overlap
+        state = np.random.SeedSequence((self.model.seed, epoch)).generate_state(2)
+        self.model.random.state.assign(state)
 
 
 class Frames(keras.callbacks.Callback):
@@ -206,19 +222,20 @@ class Frames(keras.callbacks.Callback):
     Args:
         folder: Where to keep `0000.npy` and so on; made if missing.
         noisy: float32 array (N, H, W, 3).
+        epochs_before: Epochs of earlier stages.
     """
 
-    def __init__(self, folder, noisy):
+    def __init__(self, folder, noisy, epochs_before):
         super().__init__()
-        self.folder, self.noisy = folder, noisy
+        self.folder, self.noisy, self.epochs_before = folder, noisy, epochs_before
 
     def on_train_begin(self, logs=None):
-        if not (self.folder / "0000.npy").exists():
+        if not self.folder.exists():
             self.on_epoch_end(-1)
 
     def on_epoch_end(self, epoch, logs=None):
         denoised = self.model.predict(self.noisy, verbose=0)[0]
-        with util.atomic(self.folder / f"{epoch + 1:04d}.npy") as path:
+        with util.atomic(self.folder / f"{self.epochs_before + epoch + 1:04d}.npy") as path:
             np.save(path, util.to_uint8(denoised))
 
 
@@ -231,27 +248,34 @@ def build_optimizer(learning_rate, steps):
     return keras.optimizers.Adam(schedule, global_clipnorm=CLIP_NORM)
 
 
+def whole_cells(images, cell):
+    """Cut images (N, H, W, 3) at the right and the bottom to multiples of the model's coarsest cell."""
+    height, width = (side // cell * cell for side in images.shape[1:3])
+    return images[:, :height, :width]
+
+
 def validation_noise(clean, sigma_range):
     """Noisy validation images, float32, the sigmas spread evenly over the training range; always the same."""
     sigma = np.linspace(*sigma_range, len(clean))
     return add_noise(clean, sigma, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
-def gif_images(data):
+def gif_images(data, cell):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
-    clean = data.spread("validation", SHOWN)
+    clean = whole_cells(data.spread("validation", SHOWN), cell)
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
-def fit(vae, data, args, folder, epochs):
+def fit(vae, data, args, epochs, stage="", epochs_before=0):
     """Train `vae` on clean images, keeping a checkpoint after every epoch; go on from one that is there.
 
     Args:
         vae: Built `DenoisingVAE`; has the best weights afterwards.
         data: `load_data.Data`.
-        args: Arguments of the run, with `batch_size`, `learning_rate`, `seed`, `sigma`.
-        folder: Where checkpoints and GIF frames are kept.
+        args: Arguments of the run.
         epochs: Passes over the training images, those of the checkpoint included.
+        stage: Name of this stage, where a training has several.
+        epochs_before: Epochs of earlier stages.
 
     Returns:
         The metrics, a dict for each epoch.
@@ -259,21 +283,21 @@ def fit(vae, data, args, folder, epochs):
     Raises:
         util.ModelError: the loss became NaN, or the checkpoint is damaged.
     """
-    batches = Batches(data.images[data.denoiser_split], args.batch_size, args.seed)
-    clean = data.images["validation"]
+    folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
+    batches = Batches(whole_cells(data.images[data.denoiser_split], cell), args.batch_size, args.seed)
+    clean = whole_cells(data.images["validation"], cell)
     noisy = validation_noise(clean, args.sigma)
     vae.compile(optimizer=build_optimizer(args.learning_rate, epochs * len(batches)))
     vae(noisy[:1])
     vae.optimizer.build(vae.trainable_variables)
-    checkpoint = util.Checkpoint(folder, "val_psnr")
+    checkpoint = util.Checkpoint(folder / stage, "val_psnr")
     checkpoint.set_model(vae)
     epochs_done = checkpoint.restore()
-    batches.go_to(epochs_done)
     callbacks = [
-        EpochStart(),
+        EpochStart(batches, epochs_before),
         keras.callbacks.TerminateOnNaN(raise_error=True),
-        *util.tensorboard(folder / "tensorboard"),
-        Frames(folder / "frames", gif_images(data)[1]),
+        *util.tensorboard(folder / "tensorboard" / stage),
+        Frames(folder / "frames", gif_images(data, cell)[1], epochs_before),
         checkpoint,
     ]
     try:
@@ -287,8 +311,8 @@ def fit(vae, data, args, folder, epochs):
             shuffle=False,
             verbose=util.progress_verbosity(),
         )
-    except RuntimeError as error:
-        if "nan" not in str(error).lower():
+    except (RuntimeError, FloatingPointError) as error:
+        if isinstance(error, RuntimeError) and "NaN or Inf loss" not in str(error):
             raise
         remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
         raise util.ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
@@ -311,8 +335,8 @@ def evaluate(models, clean, sigmas=SIGMAS):
     for sigma in sigmas:
         rng = np.random.default_rng(TEST_NOISE_SEED)
         measured = {}
-        for start in range(0, len(clean), 1000):
-            part = np.ascontiguousarray(clean[start : start + 1000])
+        for start in range(0, len(clean), 250):
+            part = np.ascontiguousarray(clean[start : start + 250])
             noisy = add_noise(part, sigma, rng)
             outputs = {"noisy": util.to_uint8(noisy)}
             outputs |= {label: util.denoise(model, noisy) for label, model in models.items()}
@@ -357,6 +381,7 @@ def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERI
         sigma: Of the noise.
         samples: Draws of z for each image.
     """
+    clean = whole_cells(clean, util.stride(encoder))
     noisy = add_noise(clean, sigma)
     codes = encoder.predict(noisy, verbose=0)
     rng = np.random.default_rng(TEST_NOISE_SEED)
@@ -393,55 +418,63 @@ def feature_figure(encoder, clean):
     return util.rows_figure(rows, "Feature maps of a test image: channels of z_mean, by level", cell=0.7)
 
 
-def write_gifs(stage, name, frames, clean, noisy):
+def single_frame(epoch, clean, noisy, denoised):
+    """One image noisy, denoised and clean; arguments as in `write_gifs`."""
+    captions = [f"noisy, sigma {SHOWN_SIGMA}", f"denoised, {util.psnr(clean, denoised)[0]:.1f} dB", "clean"]
+    trio = np.stack([noisy[0], denoised[0], clean[0]])
+    return util.rows_figure([("", trio, captions)], f"epoch {epoch}", cell=2)
+
+
+def group_frame(epoch, clean, noisy, denoised):
+    """All images in rows noisy, denoised, clean."""
+    psnr = util.psnr(clean, denoised)
+    captions = [f"{value:.1f} dB" for value in psnr]
+    rows = [("noisy", noisy, None), ("denoised", denoised, captions), ("clean", clean, None)]
+    return util.rows_figure(rows, f"epoch {epoch}: {psnr.mean():.2f} dB")
+
+
+def write_gifs(stage, name, folder, clean, noisy):
     """Write `gifs/NAME_single.gif` and `gifs/NAME_group.gif`: denoising as the epochs pass.
 
     Args:
         stage: Output folder.
         name: Of the run.
-        frames: Denoised images (uint8, as `clean`) by epoch.
+        folder: Where `Frames` kept the denoised images (N, H, W, 3) of each epoch.
         clean, noisy: uint8 arrays (N, H, W, 3).
     """
-    single, group = [], []
-    for epoch, denoised in frames.items():
-        psnr = util.psnr(clean, denoised)
-        captions = [f"noisy, sigma {SHOWN_SIGMA}", f"denoised, {psnr[0]:.1f} dB", "clean"]
-        trio = np.stack([noisy[0], denoised[0], clean[0]])
-        single.append(util.rows_figure([("", trio, captions)], f"epoch {epoch}", cell=2))
-        rows = [
-            ("noisy", noisy, None),
-            ("denoised", denoised, [f"{value:.1f} dB" for value in psnr]),
-            ("clean", clean, None),
-        ]
-        group.append(util.rows_figure(rows, f"epoch {epoch}: {psnr.mean():.2f} dB"))
-    util.save_gif(single, stage / "gifs" / f"{name}_single.gif")
-    util.save_gif(group, stage / "gifs" / f"{name}_group.gif")
+    paths = sorted(folder.iterdir())
+    paths = [
+        paths[index] for index in np.unique(np.linspace(0, len(paths) - 1, GIF_FRAMES).round().astype(int))
+    ]
+    for kind, draw in (("single", single_frame), ("group", group_frame)):
+        figures = (draw(int(path.stem), clean, noisy, np.load(path)) for path in paths)
+        util.save_gif(figures, stage / f"gifs/{name}_{kind}.gif")
 
 
 def write_feature_maps(stage, name, encoder, data):
     """Write the feature maps of the clean test images and of some clean training images, and a figure."""
     counts = {"test": len(data.images["test"]), "train": FEATURE_MAP_TRAIN_IMAGES}
     for split, count in counts.items():
-        images, labels = data.images[split][:count], data.labels[split][:count]
+        chosen = evenly(len(data.images[split]), count)
+        images, labels = data.images[split][chosen], data.labels[split][chosen]
         batches = (images[start : start + 250] / np.float32(255) for start in range(0, len(images), 250))
         origin = {"run": name, "dataset": data.name, "split": split, "sigma": 0.0, "pooling": 1}
         util.write_feature_maps(stage / f"feature_maps/{name}_{split}.h5", encoder, batches, labels, origin)
     util.save_figure(feature_figure(encoder, data.spread("test", 1)), stage / f"feature_maps/{name}.png")
 
 
-def write_run(args, folder, models, vae, data, rows, record=None):
+def write_run(args, models, vae, data, rows, record=None):
     """Write everything that a training run leaves behind, all at once.
 
     Args:
         args: Arguments of the run.
-        folder: Where `fit` kept the GIF frames.
         models: Dict of autoencoders to compare by label; the last one is the run's own.
         vae: Trained `DenoisingVAE`.
         data: `load_data.Data`.
         rows: Metrics of each epoch.
         record: What else the run record should tell.
     """
-    name = args.name
+    name, folder = args.name, util.training_folder(args.out, args.name)
     encoder, decoder = util.portable_copy(vae.encoder), util.portable_copy(vae.decoder)
     parts = {"encoder": encoder, "decoder": decoder, "autoencoder": list(models.values())[-1]}
     with util.staged(args.out, name) as stage:
@@ -449,9 +482,8 @@ def write_run(args, folder, models, vae, data, rows, record=None):
             util.save_model(stage, model, f"{part}_{name}")
         util.write_csv(stage / f"logs/{name}.csv", rows)
         write_figures(stage, name, models, encoder, decoder, data, rows)
-        clean, noisy = gif_images(data)
-        frames = {int(path.stem): np.load(path) for path in sorted((folder / "frames").iterdir())}
-        write_gifs(stage, name, frames, clean, util.to_uint8(noisy))
+        clean, noisy = gif_images(data, util.stride(encoder))
+        write_gifs(stage, name, folder / "frames", clean, util.to_uint8(noisy))
         write_feature_maps(stage, name, encoder, data)
         described = {
             "name": name,
@@ -465,9 +497,9 @@ def write_run(args, folder, models, vae, data, rows, record=None):
         }
         results = evaluation(models, data, TEST_IMAGES)
         util.write_record(stage, name, described | (record or {}) | results)
-        if (folder / "tensorboard").exists():
-            shutil.rmtree(args.out / f"logs/{name}", ignore_errors=True)
-            shutil.move(folder / "tensorboard", stage / f"logs/{name}")
+    if (folder / "tensorboard").exists():
+        shutil.rmtree(args.out / f"logs/{name}", ignore_errors=True)
+        shutil.move(folder / "tensorboard", args.out / f"logs/{name}")
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
 
 
@@ -492,7 +524,8 @@ def evaluation(models, data, count):
     table = evaluate(models, clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
     print(util.format_table(table))
-    return {"costs": costs, "evaluation": {data.name: {"images": len(clean), "table": table}}}
+    key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"
+    return {"costs": costs, "evaluation": {key: table}}
 
 
 def cost(model, side=32):
@@ -506,14 +539,23 @@ def cost(model, side=32):
     }
 
 
-def evaluate_saved(args, models):
-    """Evaluate saved models and add the result to the run record."""
-    data = load_data(args.dataset, args.data_dir, args.size)
-    record = util.read_record(args.out, args.name)
-    with util.staged(args.out, args.name) as stage:
-        results = evaluation(models, data, args.images)
+def evaluate_saved(args, labels):
+    """Evaluate saved models and add the result to the run record.
+
+    Args:
+        args: Arguments of the verb `evaluate`.
+        labels: Dict of the names of runs by label; the last one is the run's own.
+    """
+    with util.locked(args.out, args.name):
+        models = {label: util.load_model(args.out, run, "autoencoder") for label, run in labels.items()}
+        record = util.read_record(args.out, args.name)
+        size = args.size
+        if size is None and record.get("data", {}).get("name") == dataset_name(args.dataset):
+            size = record["arguments"]["size"]
+        results = evaluation(models, load_data(args.dataset, args.data_dir, size), args.images)
         results["evaluation"] = record.get("evaluation", {}) | results["evaluation"]
-        util.write_record(stage, args.name, record | results)
+        with util.staged(args.out, args.name) as stage:
+            util.write_record(stage, args.name, record | results)
 
 
 def add_train_options(parser):
@@ -522,16 +564,22 @@ def add_train_options(parser):
     util.add_training_options(parser, EPOCHS, BATCH_SIZE)
     parser.add_argument(
         "--sigma",
-        type=sigma,
+        type=util.number(float, 0, 255),
         nargs=2,
         default=SIGMA_RANGE,
         metavar=("LOW", "HIGH"),
         help="range of the training noise's standard deviation, on the 0-255 scale",
     )
-    parser.add_argument("--filters", type=util.positive_int, default=FILTERS, help="channels, at least 12")
-    parser.add_argument("--latent-dim", type=util.positive_int, default=LATENT_DIM, help="channels of a code")
-    parser.add_argument("--kl-weight", type=float, default=KL_WEIGHT, help="weight of the KL term")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="highest learning rate")
+    parser.add_argument("--filters", type=util.number(int, 12), default=FILTERS, help="channels, 12 at least")
+    parser.add_argument(
+        "--latent-dim", type=util.number(int, 1), default=LATENT_DIM, help="channels of a code"
+    )
+    parser.add_argument(
+        "--kl-weight", type=util.number(float, 0), default=KL_WEIGHT, help="weight of the KL term"
+    )
+    parser.add_argument(
+        "--learning-rate", type=util.number(float, 0), default=LEARNING_RATE, help="highest learning rate"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
@@ -540,15 +588,7 @@ def add_evaluate_options(parser):
     add_data_options(parser)
     parser.add_argument("--name", type=util.run_name, help="run to evaluate (default: by the data set)")
     parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
-    parser.add_argument("--images", type=util.positive_int, default=TEST_IMAGES, help="test images to use")
-
-
-def sigma(text):
-    """Parse a noise level: a number from 0 to 255."""
-    value = float(text)
-    if not 0 <= value <= 255:
-        raise ValueError(text)
-    return value
+    parser.add_argument("--images", type=util.number(int, 1), default=TEST_IMAGES, help="test images to use")
 
 
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda train: None):
@@ -576,6 +616,9 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         verbs.add_parser("evaluate", help="measure a saved model", formatter_class=show_defaults)
     )
     args = parser.parse_args(argv)
+    if args.dataset not in BUILT_IN:
+        args.dataset = str(Path(args.dataset).resolve())  # so that --resume finds it from anywhere
+    args.data_dir = str(Path(args.data_dir).resolve())
     args.name = args.name or f"{kind}_{dataset_name(args.dataset)}"
     if args.verb == "train":
         if args.resume:  # what is not given now is as it was given then
@@ -583,25 +626,23 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
             args = parser.parse_args([*argv, "--name", args.name])
         if args.sigma[0] > args.sigma[1]:
             train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
-        if args.filters < 12:
-            train.error(f"argument --filters: {args.filters} is less than the 12 values of a 2x2 cell")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.verb == "evaluate":
-        evaluate_saved(args, {"simple": util.load_model(args.out, args.name, "autoencoder")})
+        evaluate_saved(args, {"simple": args.name})
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
-    with util.training(__file__, args) as folder:
+    with util.training(__file__, args):
         encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
         decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
         start_as_identity(encoder, decoder)
         vae = DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed)
-        rows = fit(vae, data, args, folder, args.epochs)
+        rows = fit(vae, data, args, args.epochs)
         models = {"simple": util.portable_copy(build_autoencoder(vae.encoder, vae.decoder))}
-        write_run(args, folder, models, vae, data, rows)
+        write_run(args, models, vae, data, rows)
 
 
 if __name__ == "__main__":

@@ -110,12 +110,12 @@ def add_stack_options(parser):
         "--base", type=util.run_name, help="simple model to stack on (default: simple_DATASET)"
     )
     parser.add_argument(
-        "--greedy-epochs", type=util.positive_int, default=GREEDY_EPOCHS, help="with level one frozen"
+        "--greedy-epochs", type=util.number(int, 1), default=GREEDY_EPOCHS, help="with level one frozen"
     )
     parser.set_defaults(filters=FILTERS, latent_dim=LATENT_DIM, epochs=EPOCHS, learning_rate=LEARNING_RATE)
 
 
-def train(args, data, base, folder):
+def train(args, data, base):
     """Train greedily, then jointly, telling the validation PSNR of each stage.
 
     Returns:
@@ -126,15 +126,20 @@ def train(args, data, base, folder):
     decoder = stack_decoder(level_one[1], args.filters, DECODER_BLOCKS, args.latent_dim)
     vae = simple.DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed)
     stages = {"simple": validation_psnr(autoencoder_of(vae), data, args)}
-    print(f"Validation PSNR of {base}, before stacking: {stages['simple']:.2f} dB")
-    rows = []
+    print(f"Validation PSNR of {base}, before stacking: {stages['simple']:.2f} dB", flush=True)
+    rows, weights = [], {}
     for stage, epochs, frozen in (("greedy", args.greedy_epochs, True), ("joint", args.epochs, False)):
         for model in level_one:
             model.trainable = not frozen
-        for row in simple.fit(vae, data, args, folder / stage, epochs):
-            rows.append({"stage": stage} | row | {"epoch": len(rows) + 1})
+        before = len(rows)
+        for row in simple.fit(vae, data, args, epochs, stage, before):
+            rows.append({"stage": stage} | row | {"epoch": before + row["epoch"]})
+        weights[stage] = vae.get_weights()
         stages[stage] = validation_psnr(autoencoder_of(vae), data, args)
-        print(f"Validation PSNR after the {stage} stage: {stages[stage]:.2f} dB")
+        print(f"Validation PSNR after the {stage} stage: {stages[stage]:.2f} dB", flush=True)
+    if stages["joint"] < stages["greedy"]:
+        print("The joint stage has not gained: the weights of the greedy stage are kept.")
+        vae.set_weights(weights["greedy"])
     return vae, rows, stages
 
 
@@ -142,17 +147,18 @@ def main(argv=None):
     args = simple.parse_args(argv, "stacked", __doc__, add_stack_options)
     if args.verb == "evaluate":
         base = util.read_record(args.out, args.name).get("base")
-        models = {"simple": util.load_model(args.out, base, "autoencoder")} if base else {}
-        simple.evaluate_saved(args, models | {"stacked": util.load_model(args.out, args.name, "autoencoder")})
+        simple.evaluate_saved(args, ({"simple": base} if base else {}) | {"stacked": args.name})
         return
     base = args.base or f"simple_{dataset_name(args.dataset)}"
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     models = {"simple": util.load_model(args.out, base, "autoencoder")}
-    with util.training(__file__, args) as folder:
-        vae, rows, stages = train(args, data, base, folder)
+    with util.training(__file__, args):
+        vae, rows, stages = train(args, data, base)
         models["stacked"] = autoencoder_of(vae)
-        record = {"base": base, "validation_psnr": stages}
-        simple.write_run(args, folder / "joint", models, vae, data, rows, record)
+        kept = "joint" if stages["joint"] >= stages["greedy"] else "greedy"
+        best = max((row for row in rows if row["stage"] == kept), key=lambda row: row["val_psnr"])
+        record = {"base": base, "validation_psnr": stages, "best": best}
+        simple.write_run(args, models, vae, data, rows, record)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@ Files and folders of a run, saving and loading models, checkpoints, PSNR and SSI
 figures, GIFs, tables, and how a script ends.
 """
 
+import argparse
 import contextlib
 import csv
 import errno
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -51,13 +54,19 @@ def add_training_options(parser, epochs, batch_size):
     parser.add_argument(
         "--name", type=run_name, default=None, help="name of the run (default: from the data set)"
     )
-    parser.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the training images")
     parser.add_argument(
-        "--batch-size", type=positive_int, default=batch_size, help="images in a training step"
+        "--epochs", type=number(int, 1), default=epochs, help="passes over the training images"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of initial weights, order and training noise"
+        "--batch-size", type=number(int, 1), default=batch_size, help="images in a training step"
     )
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="seed of initial weights, order and training noise",
+    )
+    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT training images only")
     parser.add_argument(
         "--out", type=Path, default=HERE, help="where models/, weights/, figures/ and so on are written"
     )
@@ -69,12 +78,17 @@ def add_training_options(parser, epochs, batch_size):
     )
 
 
-def positive_int(text):
-    """Parse a command-line integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+def number(kind, low, high=math.inf):
+    """Parser of a command-line number, int or float, from `low` to `high`; refuses NaN."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse tells it when the text is no number
+    return parse
 
 
 def run_name(text):
@@ -108,6 +122,8 @@ def run_script(main):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    if not hasattr(keras.ops.image, "ssim"):
+        sys.exit(f"Keras {keras.__version__} is too old for these scripts; run pip install 'keras>=3.15'")
     try:
         main()
         sys.stdout.flush()
@@ -180,7 +196,8 @@ def publish(out, name):
         if path.is_file():
             target = Path(out) / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+            with contextlib.suppress(FileNotFoundError):  # another process moved it
+                os.replace(path, target)
     shutil.rmtree(source, ignore_errors=True)
 
 
@@ -221,27 +238,29 @@ def training(script, args):
         script: `__file__` of the script.
         args: Its arguments, with `out`, `name`, `resume`, `seed`, `precision`.
 
-    Yields:
-        The working folder of the run, for checkpoints; it is left when the block fails.
+    Raises:
+        ModelError: another run of that name is going on, or was interrupted and is not to be resumed.
     """
     out, folder = Path(args.out), training_folder(args.out, args.name)
     if (out / "logs" / f"{args.name}.json").exists():
         print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
-    command = f"python {Path(script).name} --resume --name {args.name}"
+    command = ["python", Path(script).name if Path.cwd() == HERE else script, "--resume", "--name", args.name]
     if out != HERE:
-        command += f" --out {out}"
+        command += ["--out", str(out.resolve())]
     with locked(out, args.name):
         if not args.resume:
+            if any(folder.rglob("checkpoint.*")):
+                raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / "arguments.json") as path:
             path.write_text(json.dumps(vars(args), default=str), encoding="utf-8")
         try:
-            yield folder
+            yield
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Stopped. Go on with: {command}") from None
+            raise KeyboardInterrupt(f"Stopped. Go on with: {shlex.join(command)}") from None
         shutil.rmtree(folder)
 
 
@@ -294,15 +313,18 @@ def write_record(stage, name, record):
 
 def environment():
     """Versions and hardware, for the run record."""
+    backend = keras.backend.backend()
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    with contextlib.suppress(AttributeError):  # the torch backend of Keras lists no devices
+        cpu = f"{', '.join(keras.distribution.list_devices())}; {cpu}"
     return {
         "python": platform.python_version(),
         "keras": keras.__version__,
-        "backend": keras.backend.backend(),
+        "backend": f"{backend} {importlib.import_module(backend).__version__}",
         "numpy": np.__version__,
-        "hardware": f"{', '.join(keras.distribution.list_devices())}; {cpu}, {os.cpu_count()} cores",
+        "hardware": f"{cpu}, {os.cpu_count()} cores",
     }
 
 
@@ -379,19 +401,20 @@ def load_model(out, run, part=None):
     try:
         model = keras.models.model_from_json(architecture.read_text(encoding="utf-8"))
     except Exception as error:  # Keras raises whatever its parsing stumbles over
-        raise ModelError(f"{architecture}: not a Keras model ({_first_line(error)}); restore it") from None
+        raise ModelError(f"{architecture}: not a Keras model ({first_line(error)}); restore it") from None
     if not isinstance(model, keras.Model):
         raise ModelError(f"{architecture}: not a Keras model; restore it or train {run} again")
     try:
         model.load_weights(weights)
     except Exception as error:
         raise ModelError(
-            f"{weights}: not the weights of {architecture} ({_first_line(error)}); restore it"
+            f"{weights}: not the weights of {architecture} ({first_line(error)}); restore it"
         ) from None
     return model
 
 
-def _first_line(error):
+def first_line(error):
+    """What an exception says, cut to one short line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
@@ -406,18 +429,17 @@ def stride(model):
     return factor
 
 
-def multiply_accumulates(model, *shapes):
-    """Count the multiply-accumulates of a model's convolutions and dense layers for one input.
+def multiply_accumulates(model, shape):
+    """Count the multiply-accumulates of a model's convolutions and dense layers for one image.
 
     Args:
-        model: Functional model; models nested in it are counted too.
-        shapes: Shape of each input without the batch, such as (32, 32, 3).
+        model: Functional model of one input; models nested in it are counted too.
+        shape: Shape of the input without the batch, such as (32, 32, 3).
 
     Returns:
         Number of multiply-accumulates; additions of biases, activations and the like are left out.
     """
-    inputs = [keras.Input(shape) for shape in shapes]
-    return _multiply_accumulates(model, inputs if len(inputs) > 1 else inputs[0])
+    return _multiply_accumulates(model, keras.Input(shape))
 
 
 def _multiply_accumulates(model, inputs):
@@ -547,7 +569,7 @@ class Checkpoint(keras.callbacks.Callback):
             self.model.load_weights(path)
         except Exception as error:
             raise ModelError(
-                f"{path}: does not fit this model ({_first_line(error)}); train without --resume"
+                f"{path}: does not fit this model ({first_line(error)}); train without --resume"
             ) from None
         self.rows = rows
         return len(rows)
@@ -559,7 +581,7 @@ class Checkpoint(keras.callbacks.Callback):
         row = {"epoch": epoch + 1} | {key: float(value) for key, value in (logs or {}).items()}
         row["seconds"] = round(time.monotonic() - self._started, 1)
         if not np.isfinite(row[self.monitor]):
-            raise RuntimeError(f"{self.monitor} is {row[self.monitor]} after epoch {epoch + 1}")
+            raise FloatingPointError(f"{self.monitor} is {row[self.monitor]} after epoch {epoch + 1}")
         if self.best is None or row[self.monitor] > self.best[self.monitor]:
             with atomic(self.best_path) as path:
                 self.model.save_weights(path)
@@ -668,7 +690,7 @@ def save_figure(figure, path):
 
 
 def save_gif(figures, path):
-    """Write matplotlib figures of one size as the frames of an endless GIF; the last one stays longer."""
+    """Write matplotlib figures of one size, one after another, as an endless GIF; the last stays longer."""
     frames = []
     for figure in figures:
         canvas = FigureCanvasAgg(figure)

@@ -289,7 +289,9 @@ def test_pictures_of_any_kind_are_read_as_rgb(tmp_path):
     rgb = random_images(6, 4, 3)
     grey = np.repeat(rgb[..., :1], 3, axis=2)
     alpha = np.dstack([rgb, rgb[..., 0]])
+    cmyk = Image.fromarray(rgb).convert("CMYK")
     cases = {
+        "cmyk.tif": (cmyk, np.asarray(cmyk.convert("RGB"))),
         "rgb.png": (Image.fromarray(rgb), rgb),
         "alpha.png": (Image.fromarray(alpha), rgb),
         "grey.png": (Image.fromarray(grey[..., 0]), grey),
@@ -300,6 +302,12 @@ def test_pictures_of_any_kind_are_read_as_rgb(tmp_path):
     for name, (image, expected) in cases.items():
         image.save(tmp_path / name)
         np.testing.assert_array_equal(read_picture(tmp_path / name), expected, err_msg=name)
+
+
+def test_picture_of_floating_point_is_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(OSError, match="floating point"):
+        read_picture(tmp_path / "float.tif")
 
 
 def test_exif_orientation_is_respected(tmp_path):
@@ -313,6 +321,10 @@ def test_exif_orientation_is_respected(tmp_path):
 def test_dataset_names():
     assert load_data.dataset_name("cifar10") == "cifar10"
     assert load_data.dataset_name("/some/where/my holiday.2020/") == "my_holiday_2020"
+
+
+def test_folder_named_like_a_built_in_set_does_not_take_its_name():
+    assert load_data.dataset_name("/home/me/photos") == "photos_folder"
 
 
 def test_pca_keeps_the_asked_share_of_energy():
@@ -347,8 +359,7 @@ def test_batches_cover_an_epoch_once_and_mirror_some():
 def test_batches_depend_on_seed_and_epoch_alone():
     images = random_images(12, 4, 4, 3)
     one, other = Batches(images, 4, seed=1), Batches(images, 4, seed=1)
-    one.on_epoch_end()
-    one.on_epoch_end()
+    one.go_to(2)
     other.go_to(2)
     np.testing.assert_array_equal(one[1][0], other[1][0])
     other.go_to(3)

@@ -1,3 +1,4 @@
+import argparse
 import csv
 import importlib.util
 import json
@@ -8,7 +9,8 @@ import sys
 
 import simple_autoencoder as simple
 import util
-from load_data import add_noise
+from load_data import Batches, Data, add_noise
+from stl10_input import read_all_images
 
 import h5py
 import imageio.v3 as iio
@@ -93,6 +95,23 @@ def test_training_noise_has_a_sigma_of_its_own_for_each_image():
     assert abs(sigma.mean() - 30) < 4 * 40 / np.sqrt(12 * 400)  # uniform: deviation 40 / sqrt(12)
 
 
+def test_no_epoch_repeats_the_noise_of_another():
+    vae = simple.DenoisingVAE(*small_models())
+    batches = Batches(random_images(4, 8, 8, 3), 2)
+    start_of = simple.EpochStart(batches, epochs_before=2)
+    start_of.set_model(vae)
+    clean = np.full((2, 8, 8, 3), 0.5, np.float32)
+    seen = []
+    for epoch in (0, 1, 2, 3, 0):
+        start_of.on_epoch_begin(epoch)
+        assert batches.epoch == epoch + 2
+        for _ in range(4):
+            noisy = np.asarray(vae(clean, training=True)[0])
+            seen.append(noisy.tobytes())
+    assert len(set(seen)) == 16
+    assert seen[:4] == seen[16:]  # the same epoch again draws the same
+
+
 def test_codes_are_sampled_with_the_posteriors_deviation():
     vae = simple.DenoisingVAE(*small_models())
     mean, log_var = np.full((1, 50, 50, 14), 3.0, np.float32), np.full((1, 50, 50, 14), -2.0, np.float32)
@@ -164,8 +183,7 @@ def test_record_tells_how_the_run_came_about(trained):
     record = json.loads((trained[0] / "logs/simple_photos.json").read_text())
     assert record["arguments"]["epochs"] == 2
     assert record["training_images"] == 64
-    assert record["evaluation"]["photos"]["images"] == 32
-    table = record["evaluation"]["photos"]["table"]
+    table = record["evaluation"]["photos, 32 images of 48x48"]
     assert [row["sigma"] for row in table] == [15, 25, 35, 50, 75]
     for path, checksum in record["files"].items():
         assert util.sha256_of(trained[0] / path) == checksum
@@ -220,11 +238,50 @@ def test_scripts_train_under_jax(tmp_path):
     assert record["best"]["val_psnr"] > 15
 
 
+def losses_of(out):
+    with (out / "logs/simple_photos.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
 def weights_of(out):
     return util.load_model(out, "simple_photos", "autoencoder").get_weights()
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_default_precision_trains_a_folder_of_pictures(tmp_path):
+    for index in range(3):
+        (tmp_path / "holiday").mkdir(exist_ok=True)
+        iio.imwrite(tmp_path / f"holiday/{index}.png", random_images(80, 200, 3, seed=index))
+    arguments = [
+        "--dataset",
+        tmp_path / "holiday",
+        "--data-dir",
+        tmp_path,
+        "--size=24",
+        "--precision=mixed_bfloat16",
+    ]
+    code, printed, err = run(
+        "simple_autoencoder.py", *arguments, "--filters=12", "--epochs=1", "--out", tmp_path
+    )
+    assert code == 0, err
+    model = util.load_model(tmp_path, "simple_holiday", "autoencoder")
+    assert {weight.dtype for weight in model.weights} == {"float32"}
+    assert "bfloat16" not in (tmp_path / "models/autoencoder_simple_holiday.json").read_text()
+
+
+def test_training_on_a_mapped_file_larger_than_a_batch(tmp_path):
+    random_images(20 * 96 * 96 * 3).tofile(tmp_path / "unlabeled_X.bin")
+    images = read_all_images(tmp_path / "unlabeled_X.bin")
+    small = {split: np.ascontiguousarray(images[:4]) for split in ("train", "validation", "test")}
+    labels = {split: np.zeros(4, np.int64) for split in small} | {"unlabeled": np.full(20, -1)}
+    data = Data("stl10", small | {"unlabeled": images}, labels, ("none",), {})
+    args = argparse.Namespace(
+        out=tmp_path, name="mapped", batch_size=8, seed=0, sigma=(0, 50), learning_rate=1e-3
+    )
+    (row,) = simple.fit(simple.DenoisingVAE(*small_models()), data, args, 1)
+    assert np.isfinite(row["val_psnr"])
+
+
 def test_interrupted_training_resumes_to_the_same_weights(trained, tmp_path, signal_number):
     arguments = [*TINY, "--epochs", "2", "--out", tmp_path]
     process = start("simple_autoencoder.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
@@ -236,14 +293,16 @@ def test_interrupted_training_resumes_to_the_same_weights(trained, tmp_path, sig
         assert process.returncode == -9
     else:
         assert process.returncode == 130
-        command = f"python simple_autoencoder.py --resume --name simple_photos --out {tmp_path}"
-        assert err.strip() == f"Stopped. Go on with: {command}"
+        assert err.strip().startswith("Stopped. Go on with: python ")
+        assert err.endswith(f"simple_autoencoder.py --resume --name simple_photos --out {tmp_path}")
     assert not (tmp_path / "models").exists()
     code, printed, err = run(
         "simple_autoencoder.py", "--resume", "--name", "simple_photos", "--out", tmp_path
     )
     assert code == 0, err
     assert "Epoch 1/2" not in printed
+    assert "Epoch 2/2" in printed
+    assert losses_of(tmp_path) == pytest.approx(losses_of(trained[0]), rel=1e-4)
     for resumed, whole in zip(weights_of(tmp_path), weights_of(trained[0]), strict=True):
         np.testing.assert_allclose(resumed, whole, atol=1e-6)
     assert len(iio.imread(tmp_path / "gifs/simple_photos_single.gif")) == 3
@@ -282,6 +341,10 @@ def test_resume_with_nothing_to_resume(tmp_path):
         ["--name", ""],
         ["--name", ".."],
         ["--filters", "11"],
+        ["--seed", "-1"],
+        ["--kl-weight", "-1"],
+        ["--learning-rate", "nan"],
+        ["--size", "3"],
         ["--precision", "float16"],
         ["--unknown"],
         ["evaluate", "--images", "0"],

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import simple_autoencoder as simple
@@ -79,9 +80,10 @@ def test_level_one_is_loaded_as_it_was_saved(trained):
 
 
 @pytest.fixture(scope="module")
-def stacked(trained):
+def stacked(trained, tmp_path_factory):
     """Output folder in which a stack was trained on the short training of the photographs."""
-    out = trained[0]
+    out = tmp_path_factory.mktemp("stacked")
+    shutil.copytree(trained[0], out, dirs_exist_ok=True)
     code, printed, err = run(
         "stack_autoencoder.py", *TINY, *STACK, "--epochs=2", "--greedy-epochs=1", "--out", out
     )
@@ -120,12 +122,12 @@ def test_level_one_is_frozen_in_the_greedy_stage(stacked, tmp_path, monkeypatch)
     seen = {}
     fit = simple.fit
 
-    def watch(vae, data, args, folder, epochs):
+    def watch(vae, data, args, epochs, stage, epochs_before):
         parts = [vae.encoder.get_layer("encoder"), vae.decoder.get_layer("decoder")]
         before = [weight for part in parts for weight in part.get_weights()]
-        rows = fit(vae, data, args, folder, epochs)
+        rows = fit(vae, data, args, epochs, stage, epochs_before)
         after = [weight for part in parts for weight in part.get_weights()]
-        seen[folder.name] = max(np.abs(a - b).max() for a, b in zip(before, after, strict=True))
+        seen[stage] = max(np.abs(a - b).max() for a, b in zip(before, after, strict=True))
         return rows
 
     monkeypatch.setattr(simple, "fit", watch)
@@ -143,6 +145,15 @@ def test_evaluate_shows_simple_beside_stacked(stacked):
     assert table_rows(again) == table_rows(printed)
 
 
+def test_images_that_are_no_whole_cells(tmp_path):
+    arguments = [*TINY, "--size=50", "--epochs=1", "--latent-dim=12", f"--out={tmp_path}"]
+    simple.main(arguments)
+    stack.main([*arguments, "--greedy-epochs=1"])
+    model = util.load_model(tmp_path, "stacked_photos", "autoencoder")
+    assert util.denoise(model, np.zeros((1, 50, 50, 3), np.float32)).shape == (1, 50, 50, 3)
+    assert "photos, 32 images of 50x50" in util.read_record(tmp_path, "stacked_photos")["evaluation"]
+
+
 def test_missing_base_lists_what_is_there(stacked):
     arguments = ["--dataset=photos", "--base=simple_stl10", "--out", stacked[0]]
     code, _, err = run("stack_autoencoder.py", *arguments)
@@ -156,11 +167,11 @@ def test_stack_on_a_stack_is_refused(stacked, tmp_path):
     arguments = [*TINY, "--base=stacked_photos", "--name=double", "--out", stacked[0]]
     code, _, err = run("stack_autoencoder.py", *arguments)
     assert code == 1
-    assert "encoder_stacked_photos.json: not of a simple model; choose another --base" in err
+    assert "encoder_stacked_photos.json: not the encoder of a simple model; choose another --base" in err
 
 
-@pytest.mark.parametrize("stage, epoch", [("greedy", "Epoch 1/1"), ("joint", "Epoch 2/2")])
-def test_interrupted_stack_resumes_to_the_same_weights(stacked, tmp_path, stage, epoch):
+@pytest.mark.parametrize("reached", ["before stacking", "after the greedy stage", "Epoch 2/2"])
+def test_interrupted_stack_resumes_to_the_same_weights(stacked, tmp_path, reached):
     out = stacked[0]
     for folder in ("models", "weights"):
         (tmp_path / folder).mkdir()
@@ -168,7 +179,7 @@ def test_interrupted_stack_resumes_to_the_same_weights(stacked, tmp_path, stage,
             (tmp_path / folder / path.name).write_bytes(path.read_bytes())
     arguments = [*TINY, *STACK, "--epochs=2", "--greedy-epochs=1", "--out", tmp_path]
     process = start("stack_autoencoder.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    while epoch not in process.stdout.readline():
+    while reached not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate()

@@ -257,7 +257,7 @@ def test_validation_that_is_not_a_number_stops_before_it_is_kept(tmp_path):
     checkpoint = util.Checkpoint(tmp_path, "val_psnr")
     checkpoint.set_model(small_model())
     checkpoint.on_epoch_begin(0)
-    with pytest.raises(RuntimeError, match="val_psnr is nan after epoch 1"):
+    with pytest.raises(FloatingPointError, match="val_psnr is nan after epoch 1"):
         checkpoint.on_epoch_end(0, {"val_psnr": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
