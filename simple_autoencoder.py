@@ -54,6 +54,13 @@ SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_LEVEL = 1 / 255
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
+PLACES = (
+    "verb",
+    "resume",
+    "out",
+    "data_dir",
+)  # arguments that a run record leaves out: they name this machine
+
 # what is measured and shown
 TEST_IMAGES = 1000
 SHOWN = 8  # images in a figure
@@ -414,7 +421,8 @@ def feature_figure(encoder, clean):
         maps = means[0].transpose(2, 0, 1)
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         maps = (maps - low) / np.maximum(high - low, 1e-6)
-        rows += [(f"{level}: {start}-", maps[start : start + 16], None) for start in range(0, len(maps), 16)]
+        for start in range(0, len(maps), 16):
+            rows.append((f"level {level}\nfrom {start}", maps[start : start + 16], None))
     return util.rows_figure(rows, "Feature maps of a test image: channels of z_mean, by level", cell=0.7)
 
 
@@ -487,7 +495,7 @@ def write_run(args, models, vae, data, rows, record=None):
         write_feature_maps(stage, name, encoder, data)
         described = {
             "name": name,
-            "arguments": vars(args),
+            "arguments": {key: value for key, value in vars(args).items() if key not in PLACES},
             "environment": util.environment(),
             "data": {"name": data.name, "checksums": data.checksums},
             "training_images": len(data.images[data.denoiser_split]),

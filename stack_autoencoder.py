@@ -28,8 +28,8 @@ ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 LATENT_DIM = 128
 
 # optimization
-GREEDY_EPOCHS = 4
-EPOCHS = 18  # of the joint tuning
+GREEDY_EPOCHS = 3
+EPOCHS = 12  # of the joint tuning
 LEARNING_RATE = 1e-3
 
 

@@ -23,10 +23,10 @@ from load_data import Batches
 import keras
 import numpy as np
 
-STEPS = 100
-ROUNDS = 5
+STEPS = 60
+ROUNDS = 3
 STL10_IMAGES = 100_000
-STL10_STEPS = 90
+STL10_STEPS = 60
 
 
 class BareVAE(simple.DenoisingVAE):
@@ -79,7 +79,7 @@ def resident():
 
 class Memory(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
-        if batch % 30 == 29:
+        if batch % 20 == 19:
             print(
                 "  after {:3d} steps: {:.2f} GB resident, {:.2f} GB at the peak".format(
                     batch + 1, *resident()
