@@ -29,7 +29,7 @@ LATENT_DIM = 128
 
 # optimization
 GREEDY_EPOCHS = 3
-EPOCHS = 12  # of the joint tuning
+EPOCHS = 10  # of the joint tuning
 LEARNING_RATE = 1e-3
 
 

@@ -247,7 +247,6 @@ def weights_of(out):
     return util.load_model(out, "simple_photos", "autoencoder").get_weights()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_default_precision_trains_a_folder_of_pictures(tmp_path):
     for index in range(3):
         (tmp_path / "holiday").mkdir(exist_ok=True)
@@ -282,6 +281,7 @@ def test_training_on_a_mapped_file_larger_than_a_batch(tmp_path):
     assert np.isfinite(row["val_psnr"])
 
 
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_training_resumes_to_the_same_weights(trained, tmp_path, signal_number):
     arguments = [*TINY, "--epochs", "2", "--out", tmp_path]
     process = start("simple_autoencoder.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
