@@ -128,16 +128,22 @@ def run_script(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
-        print(f"\n{stopped}" if stopped.args else "\nStopped.", file=sys.stderr)
-        sys.exit(130)
+        _leave(130, f"\n{stopped}" if stopped.args else "\nStopped.")
     except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _leave(1)
     except OSError as error:
         remedy = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
         line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(" ".join(line.split()) + remedy, file=sys.stderr)
-        sys.exit(1)
+        _leave(1, " ".join(line.split()) + remedy)
+
+
+def _leave(code, line=None):
+    """End the process at once: TensorFlow's feeding threads can abort one that shuts down amid `fit`."""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
