@@ -301,7 +301,6 @@ def test_interrupted_training_resumes_to_the_same_weights(trained, tmp_path, sig
     )
     assert code == 0, err
     assert "Epoch 1/2" not in printed
-    assert "Epoch 2/2" in printed
     assert losses_of(tmp_path) == pytest.approx(losses_of(trained[0]), rel=1e-4)
     for resumed, whole in zip(weights_of(tmp_path), weights_of(trained[0]), strict=True):
         np.testing.assert_allclose(resumed, whole, atol=1e-6)
