@@ -119,7 +119,7 @@ def train(args, data, base):
     """Train greedily, then jointly, telling the validation PSNR of each stage.
 
     Returns:
-        Trained `simple.DenoisingVAE`, metrics of all epochs, validation PSNR in dB by stage.
+        Trained `simple.DenoisingVAE`, metrics of all epochs, and what the run record tells of the stages.
     """
     level_one = load_level_one(args.out, base)
     encoder = stack_encoder(level_one[0], args.filters, ENCODER_BLOCKS, args.latent_dim)
@@ -137,10 +137,12 @@ def train(args, data, base):
         weights[stage] = vae.get_weights()
         stages[stage] = validation_psnr(autoencoder_of(vae), data, args)
         print(f"Validation PSNR after the {stage} stage: {stages[stage]:.2f} dB", flush=True)
-    if stages["joint"] < stages["greedy"]:
+    kept = max(("joint", "greedy"), key=stages.get)
+    if kept == "greedy":
         print("The joint stage has not gained: the weights of the greedy stage are kept.")
         vae.set_weights(weights["greedy"])
-    return vae, rows, stages
+    best = max((row for row in rows if row["stage"] == kept), key=lambda row: row["val_psnr"])
+    return vae, rows, {"base": base, "validation_psnr": stages, "best": best}
 
 
 def main(argv=None):
@@ -153,11 +155,8 @@ def main(argv=None):
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     models = {"simple": util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args):
-        vae, rows, stages = train(args, data, base)
+        vae, rows, record = train(args, data, base)
         models["stacked"] = autoencoder_of(vae)
-        kept = "joint" if stages["joint"] >= stages["greedy"] else "greedy"
-        best = max((row for row in rows if row["stage"] == kept), key=lambda row: row["val_psnr"])
-        record = {"base": base, "validation_psnr": stages, "best": best}
         simple.write_run(args, models, vae, data, rows, record)
 
 
