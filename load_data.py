@@ -302,6 +302,36 @@ def cut(picture, size, step):
     return windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, 3)
 
 
+def _split_whole(count, rng):
+    """Splits of `count` photographs by index: a twentieth each for validation and test."""
+    share = -(-count // 20)
+    splits = ["train"] * count
+    for rank, index in enumerate(rng.permutation(count)[: 2 * share]):
+        splits[index] = "validation" if rank < share else "test"
+    return splits
+
+
+def held_out_pictures(folder):
+    """The photographs of a folder that make its test split, whole.
+
+    Args:
+        folder: Folder of at least WHOLE_PICTURES images; with fewer, none is held out whole.
+
+    Returns:
+        List of uint8 arrays (H, W, 3), in the order of the file names.
+
+    Raises:
+        DataError: no such folder, or too few images in it.
+    """
+    files = _image_files(Path(folder))
+    if len(files) < WHOLE_PICTURES:
+        raise DataError(
+            f"{folder}: its {len(files)} images are all trained on in part; add some, or take others"
+        )
+    splits = _split_whole(len(files), np.random.default_rng(SPLIT_SEED))
+    return [read_picture(path) for path, split in zip(files, splits, strict=True) if split == "test"]
+
+
 def _cut_and_split(pictures, count, size):
     """Split `count` pictures among train, validation and test, then cut them.
 
@@ -317,10 +347,7 @@ def _cut_and_split(pictures, count, size):
         Two dicts by split: patches uint8 (N, size, size, 3), labels int64 (N,).
     """
     rng = np.random.default_rng(SPLIT_SEED)
-    share = -(-count // 20)
-    whole = dict.fromkeys(range(count), "train")
-    for rank, index in enumerate(rng.permutation(count)[: 2 * share]):
-        whole[int(index)] = "validation" if rank < share else "test"
+    whole = _split_whole(count, rng)
     patches = {split: [] for split in ("train", "validation", "test")}
     labels = {split: [] for split in patches}
     for index, (picture, label) in enumerate(pictures):
@@ -365,8 +392,7 @@ def _nonempty(data, source, size):
     return data
 
 
-def _load_folder(folder, data_dir, size):
-    """Patches of a user's own images; subfolders, if any, are the classes. Cached in `data_dir`."""
+def _image_files(folder):
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; --dataset is cifar10, stl10, photos or a folder of images"
@@ -375,6 +401,12 @@ def _load_folder(folder, data_dir, size):
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
     if not files:
         raise DataError(f"{folder}: there are no images in it; choose another --dataset")
+    return files
+
+
+def _load_folder(folder, data_dir, size):
+    """Patches of a user's own images; subfolders, if any, are the classes. Cached in `data_dir`."""
+    files = _image_files(folder)
     stats = [
         (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files
     ]

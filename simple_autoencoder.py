@@ -327,26 +327,27 @@ def fit(vae, data, args, epochs, stage="", epochs_before=0):
     return checkpoint.rows
 
 
-def evaluate(models, clean, sigmas=SIGMAS):
+def evaluate(denoisers, clean, sigmas=SIGMAS):
     """Measure denoisers: seeded unclipped noise, output clipped and rounded, mean over images.
 
     Args:
-        models: Dict of autoencoders by label.
-        clean: uint8 array (N, H, W, 3).
+        denoisers: Dict of functions by label: (noisy float32 (n, H, W, 3), sigma) to denoised uint8.
+        clean: uint8 array (N, H, W, 3), or a list of such arrays where images differ in size.
         sigmas: Noise levels on the 0-255 scale.
 
     Returns:
-        A dict for each sigma: `sigma`, then PSNR in dB and SSIM of noisy images and of each model's output.
+        A dict for each sigma: `sigma`, then PSNR in dB and SSIM of noisy images and of each output.
     """
+    if isinstance(clean, np.ndarray):
+        clean = [np.ascontiguousarray(clean[start : start + 250]) for start in range(0, len(clean), 250)]
     table = []
     for sigma in sigmas:
         rng = np.random.default_rng(TEST_NOISE_SEED)
         measured = {}
-        for start in range(0, len(clean), 250):
-            part = np.ascontiguousarray(clean[start : start + 250])
+        for part in clean:
             noisy = add_noise(part, sigma, rng)
             outputs = {"noisy": util.to_uint8(noisy)}
-            outputs |= {label: util.denoise(model, noisy) for label, model in models.items()}
+            outputs |= {label: denoise(noisy, sigma) for label, denoise in denoisers.items()}
             for measure in (util.psnr, util.ssim):
                 for label, output in outputs.items():
                     measured.setdefault(f"{label} {measure.__name__.upper()}", []).append(
@@ -354,6 +355,13 @@ def evaluate(models, clean, sigmas=SIGMAS):
                     )
         table.append({"sigma": sigma} | {key: float(np.concatenate(v).mean()) for key, v in measured.items()})
     return table
+
+
+def blind(models):
+    """Saved autoencoders by label as denoisers by label; they do not look at sigma."""
+    return {
+        label: lambda noisy, sigma, model=model: util.denoise(model, noisy) for label, model in models.items()
+    }
 
 
 def reconstruction_figure(models, clean, sigmas=(25, 50)):
@@ -370,7 +378,7 @@ def reconstruction_figure(models, clean, sigmas=(25, 50)):
 
 def sweep_figure(models, clean):
     """PSNR and SSIM against sigma of the noisy images and of each model's output."""
-    table = evaluate(models, clean, SWEEP)
+    table = evaluate(blind(models), clean, SWEEP)
     panels = []
     for measure in ("PSNR", "SSIM"):
         keys = [key for key in table[0] if key.endswith(measure)]
@@ -529,7 +537,7 @@ def evaluation(models, data, count):
     clean = data.sample("test", count)
     costs = [{"model": label} | cost(model) for label, model in models.items()]
     print(util.format_table(costs))
-    table = evaluate(models, clean)
+    table = evaluate(blind(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
     print(util.format_table(table))
     key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"

@@ -372,6 +372,12 @@ def save_model(stage, model, name):
     copy.save_weights(stage / "weights" / f"{name}.weights.h5")
 
 
+def saved_runs(out, part=None):
+    """Names of the runs that have saved a model, sorted; arguments as of `load_model`."""
+    names = sorted(path.stem for path in Path(out).glob(f"models/{part or 'classifier'}_*.json"))
+    return [name.removeprefix(f"{part}_") for name in names]
+
+
 def load_model(out, run, part=None):
     """Load a saved model and verify it against the run record.
 
@@ -391,10 +397,8 @@ def load_model(out, run, part=None):
     name = f"{part}_{run}" if part else run
     architecture, weights = out / "models" / f"{name}.json", out / "weights" / f"{name}.weights.h5"
     if not architecture.exists():
-        there = sorted(
-            path.stem.removeprefix(f"{part}_") for path in out.glob(f"models/{part or 'classifier'}_*.json")
-        )
-        raise ModelError(f"{architecture}: not found; there is {', '.join(there) or 'no trained model yet'}")
+        there = ", ".join(saved_runs(out, part)) or "no trained model yet"
+        raise ModelError(f"{architecture}: not found; there is {there}")
     checksums = read_record(out, run).get("files", {})
     for path in (architecture, weights):
         expected = checksums.get(path.relative_to(out).as_posix())

@@ -1,0 +1,164 @@
+"""Compare the saved models with classical denoisers: the same noisy arrays, one run, one machine.
+
+    pip install -r tests/requirements-benchmark.txt
+    python tests/benchmark_denoisers.py                          # first 60 CIFAR-10 test images, 12 minutes
+    python tests/benchmark_denoisers.py --images 1000 --without BM3D
+    python tests/benchmark_denoisers.py --dataset my_pictures/   # whole pictures that training leaves out
+
+Prints PSNR, SSIM and images per second, and writes `figures/benchmark_DATASET_sigma.png` (PSNR against
+sigma) and `figures/benchmark_DATASET_time.png` (PSNR at sigma 25 against the time for an image). The
+classical methods are told the true sigma; the models are blind.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import simple_autoencoder as simple
+import util
+from load_data import BUILT_IN, add_data_options, dataset_name, held_out_pictures, load_data
+
+import bm3d
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from skimage.restoration import denoise_tv_chambolle, denoise_wavelet
+
+SHOWN_SIGMA = 25  # of the figure of times
+BATCH = 250  # images that a model gets at a time; the classical methods take one by one
+
+
+def block_matching(noisy, sigma):
+    """BM3D: Dabov et al., "Image Denoising by Sparse 3-D Transform-Domain Collaborative Filtering", 2007."""
+    return bm3d.bm3d_rgb(noisy, sigma / 255)
+
+
+def non_local_means(noisy, sigma):
+    """Buades, Coll, Morel, "A Non-Local Algorithm for Image Denoising", CVPR 2005."""
+    strength = 0.6 * sigma
+    eight_bit = util.to_uint8(noisy)
+    return cv2.fastNlMeansDenoisingColored(eight_bit, None, strength, strength, 3, 11) / 255
+
+
+def total_variation(noisy, sigma):
+    """Chambolle, "An Algorithm for Total Variation Minimization and Applications", 2004."""
+    return denoise_tv_chambolle(noisy, weight=0.9 * sigma / 255, channel_axis=-1)
+
+
+def wavelet(noisy, sigma):
+    """BayesShrink: Chang, Yu, Vetterli, "Adaptive Wavelet Thresholding for Image Denoising", 2000."""
+    return denoise_wavelet(noisy, sigma=sigma / 255, channel_axis=-1, rescale_sigma=False)
+
+
+CLASSICAL = {
+    "BM3D": block_matching,
+    "non-local means": non_local_means,
+    "total variation": total_variation,
+    "wavelet": wavelet,
+}
+
+
+def one_by_one(denoise):
+    """A denoiser of single images in [0, 1] as one of batches, with uint8 output."""
+    return lambda noisy, sigma: util.to_uint8(np.stack([denoise(image, sigma) for image in noisy]))
+
+
+class Timed:
+    """A denoiser that knows how long it took for an image."""
+
+    def __init__(self, denoise):
+        self.denoise, self.seconds, self.images = denoise, 0.0, 0
+
+    def __call__(self, noisy, sigma):
+        started = time.perf_counter()
+        denoised = self.denoise(noisy, sigma)
+        self.seconds += time.perf_counter() - started
+        self.images += len(noisy)
+        return denoised
+
+    @property
+    def seconds_per_image(self):
+        return self.seconds / self.images
+
+
+def sigma_figure(table, labels, title):
+    """PSNR against sigma, a curve for each label."""
+    sigmas = [row["sigma"] for row in table]
+    curves = {label: (sigmas, [row[f"{label} PSNR"] for row in table]) for label in labels}
+    return util.curves_figure([("sigma", "PSNR in dB", curves)], title)
+
+
+def time_figure(table, denoisers, title):
+    """PSNR at SHOWN_SIGMA against the time for an image, a point for each denoiser."""
+    (row,) = (row for row in table if row["sigma"] == SHOWN_SIGMA)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for label, denoiser in denoisers.items():
+        point = 1000 * denoiser.seconds_per_image, row[f"{label} PSNR"]
+        axis.plot(*point, "o")
+        axis.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set(xscale="log", xlabel="milliseconds for an image", ylabel=f"PSNR in dB at sigma {SHOWN_SIGMA}")
+    axis.margins(x=0.25, y=0.1)
+    axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_data_options(parser)
+    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/, figures/ are")
+    parser.add_argument("--images", type=util.number(int, 1), default=60, help="test images to use, at most")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
+    )
+    parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.dataset in BUILT_IN:
+        images = load_data(args.dataset, args.data_dir, args.size).sample("test", args.images)
+        clean = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    else:
+        clean = [picture[None] for picture in held_out_pictures(args.dataset)[: args.images]]
+    names = args.models or util.saved_runs(args.out, "autoencoder")
+    models = {name: util.load_model(args.out, name, "autoencoder") for name in names}
+    for denoise in simple.blind(models).values():
+        for shape in {batch.shape for batch in clean}:  # compile for it before the clock starts
+            denoise(np.zeros(shape, np.float32), 0)
+    denoisers = {label: one_by_one(CLASSICAL[label]) for label in CLASSICAL if label not in args.without}
+    denoisers = {label: Timed(denoise) for label, denoise in (denoisers | simple.blind(models)).items()}
+    table = simple.evaluate(denoisers, clean)
+    hardware = util.environment()["hardware"]
+    title = f"{dataset_name(args.dataset)}, first {sum(map(len, clean))} test images"
+    print(f"{title}, noise of seed 0 per sigma; {hardware}")
+    for measure in ("PSNR", "SSIM"):
+        rows = [
+            {measure: label} | {str(row["sigma"]): row[f"{label} {measure}"] for row in table}
+            for label in ("noisy", *denoisers)
+        ]
+        print(util.format_table(rows))
+    print(
+        util.format_table(
+            [{"method": label, "images/s": float(1 / d.seconds_per_image)} for label, d in denoisers.items()]
+        )
+    )
+    for kind, figure in (
+        ("sigma", sigma_figure(table, ("noisy", *denoisers), title)),
+        ("time", time_figure(table, denoisers, title)),
+    ):
+        path = args.out / f"figures/benchmark_{dataset_name(args.dataset)}_{kind}.png"
+        with util.atomic(path) as temporary:
+            util.save_figure(figure, temporary)
+        print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    util.run_script(main)
