@@ -23,10 +23,10 @@ from load_data import Batches
 import keras
 import numpy as np
 
-STEPS = 60
+STEPS = 240
 ROUNDS = 3
 STL10_IMAGES = 100_000
-STL10_STEPS = 60
+STL10_STEPS = 240
 
 
 class BareVAE(simple.DenoisingVAE):
@@ -79,7 +79,7 @@ def resident():
 
 class Memory(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
-        if batch % 20 == 19:
+        if batch % 80 == 79:
             print(
                 "  after {:3d} steps: {:.2f} GB resident, {:.2f} GB at the peak".format(
                     batch + 1, *resident()
