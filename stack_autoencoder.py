@@ -28,9 +28,10 @@ ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 LATENT_DIM = 128
 
 # optimization
-GREEDY_EPOCHS = 3
-EPOCHS = 8  # of the joint tuning
+GREEDY_EPOCHS = 1
+EPOCHS = 10  # of the joint tuning
 LEARNING_RATE = 1e-3
+KL_WEIGHT = 1e-4  # with 1e-3, 0.3 dB less at sigma 75
 
 
 def load_level_one(out, name):
@@ -112,7 +113,13 @@ def add_stack_options(parser):
     parser.add_argument(
         "--greedy-epochs", type=util.number(int, 1), default=GREEDY_EPOCHS, help="with level one frozen"
     )
-    parser.set_defaults(filters=FILTERS, latent_dim=LATENT_DIM, epochs=EPOCHS, learning_rate=LEARNING_RATE)
+    parser.set_defaults(
+        filters=FILTERS,
+        latent_dim=LATENT_DIM,
+        epochs=EPOCHS,
+        learning_rate=LEARNING_RATE,
+        kl_weight=KL_WEIGHT,
+    )
 
 
 def train(args, data, base):
