@@ -54,13 +54,6 @@ SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_LEVEL = 1 / 255
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
-PLACES = (
-    "verb",
-    "resume",
-    "out",
-    "data_dir",
-)  # arguments that a run record leaves out: they name this machine
-
 # what is measured and shown
 TEST_IMAGES = 1000
 SHOWN = 8  # images in a figure
@@ -469,13 +462,15 @@ def write_gifs(stage, name, folder, clean, noisy):
 
 def write_feature_maps(stage, name, encoder, data):
     """Write the feature maps of the clean test images and of some clean training images, and a figure."""
+    weights = stage / f"weights/encoder_{name}.weights.h5"
     counts = {"test": len(data.images["test"]), "train": FEATURE_MAP_TRAIN_IMAGES}
     for split, count in counts.items():
         chosen = evenly(len(data.images[split]), count)
         images, labels = data.images[split][chosen], data.labels[split][chosen]
-        batches = (images[start : start + 250] / np.float32(255) for start in range(0, len(images), 250))
-        origin = {"run": name, "dataset": data.name, "split": split, "sigma": 0.0, "pooling": 1}
-        util.write_feature_maps(stage / f"feature_maps/{name}_{split}.h5", encoder, batches, labels, origin)
+        origin = util.feature_map_origin(
+            name, weights, images, pooling=0, dataset=data.name, split=split, sigma=0.0
+        )
+        util.write_feature_maps(stage / f"feature_maps/{name}_{split}.h5", encoder, images, labels, origin)
     util.save_figure(feature_figure(encoder, data.spread("test", 1)), stage / f"feature_maps/{name}.png")
 
 
@@ -503,7 +498,7 @@ def write_run(args, models, vae, data, rows, record=None):
         write_feature_maps(stage, name, encoder, data)
         described = {
             "name": name,
-            "arguments": {key: value for key, value in vars(args).items() if key not in PLACES},
+            "arguments": util.portable_arguments(args),
             "environment": util.environment(),
             "data": {"name": data.name, "checksums": data.checksums},
             "training_images": len(data.images[data.denoiser_split]),

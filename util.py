@@ -49,26 +49,28 @@ class ModelError(OSError):
     """A model, weights or record file that is missing, damaged or does not fit; names file and remedy."""
 
 
-def add_training_options(parser, epochs, batch_size):
-    """Add the options that every training script spells alike; `epochs` and `batch_size` are its defaults."""
+def add_run_options(parser):
+    """Add the options that every script spells alike."""
     parser.add_argument(
         "--name", type=run_name, default=None, help="name of the run (default: from the data set)"
     )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of all that is random in the run"
+    )
+    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT training images only")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="where models/, weights/, figures/ and so on are written"
+    )
+
+
+def add_training_options(parser, epochs, batch_size):
+    """Add the options that every training script spells alike; `epochs` and `batch_size` are its defaults."""
+    add_run_options(parser)
     parser.add_argument(
         "--epochs", type=number(int, 1), default=epochs, help="passes over the training images"
     )
     parser.add_argument(
         "--batch-size", type=number(int, 1), default=batch_size, help="images in a training step"
-    )
-    parser.add_argument(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=0,
-        help="seed of initial weights, order and training noise",
-    )
-    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT training images only")
-    parser.add_argument(
-        "--out", type=Path, default=HERE, help="where models/, weights/, figures/ and so on are written"
     )
     parser.add_argument(
         "--precision",
@@ -315,6 +317,12 @@ def write_record(stage, name, record):
     record = record | {"files": record.get("files", {}) | checksums}
     text = json.dumps(record, indent=1, default=str, ensure_ascii=False)
     (stage / "logs" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def portable_arguments(args):
+    """The arguments of a run for its record, without those that name this machine or this call."""
+    left_out = ("verb", "resume", "out", "data_dir")
+    return {key: value for key, value in vars(args).items() if key not in left_out}
 
 
 def environment():
@@ -711,28 +719,103 @@ def save_gif(figures, path):
     iio.imwrite(path, np.stack(frames), duration=durations if len(frames) > 1 else GIF_FRAME_MS, loop=0)
 
 
-def write_feature_maps(path, encoder, images, labels, attributes, batch_size=250):
+def feature_map_origin(run, weights, images, pooling, **described):
+    """Attributes that tell what a file of feature maps was made from, down to the bits.
+
+    Args:
+        run: Name of the encoder's run.
+        weights: Its weights file.
+        images: What it was fed, as of `write_feature_maps`.
+        pooling: Side of the grid that the maps were averaged to; 0 leaves them as they are.
+        described: What a reader wants to know beside: data set, split, sigma.
+    """
+    digest = hashlib.blake2b(repr((images.shape, images.dtype.str)).encode(), digest_size=16)
+    for start in range(0, len(images), 1000):
+        digest.update(np.ascontiguousarray(images[start : start + 1000]))
+    origin = {"run": run, "weights": sha256_of(weights), "images": digest.hexdigest(), "pooling": pooling}
+    return origin | described
+
+
+def pool(maps, side):
+    """Average feature maps (N, h, w, c) over a grid of cells to (N, side, side, c), or fewer if h or w is."""
+    for axis in (1, 2):
+        length = maps.shape[axis]
+        edges = np.linspace(0, length, min(side, length) + 1).round().astype(int)
+        sums = np.add.reduceat(maps, edges[:-1], axis=axis)
+        maps = sums / np.diff(edges).reshape([-1 if a == axis else 1 for a in range(4)])
+    return maps
+
+
+def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
     """Stream the feature maps (z_mean of the last level) of a saved encoder to an HDF5 file.
 
     Args:
         path: File to write: `features` (N, h, w, c) float16, `labels` (N,) int64, and the attributes.
         encoder: Saved `encoder`.
-        images: Iterable of float32 batches (n, H, W, 3), nominally in [0, 1].
+        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1]; H and W are cut to whole cells.
         labels: N labels.
-        attributes: What the maps were made from: run, dataset, split, sigma, pooling.
+        origin: `feature_map_origin` of the images.
         batch_size: Images computed at a time.
     """
-    done = 0
+    height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
     with h5py.File(path, "w") as file:
-        file.attrs.update(attributes)
-        for batch in images:
-            maps = encoder.predict(batch, batch_size=batch_size, verbose=0)[-2].astype(np.float16)
-            if not done:
-                shape = (len(labels), *maps.shape[1:])
-                features = file.create_dataset("features", shape, np.float16, chunks=(1, *maps.shape[1:]))
-            features[done : done + len(maps)] = maps
-            done += len(maps)
+        file.attrs.update(origin)
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size, :height, :width]
+            batch = batch / np.float32(255) if batch.dtype == np.uint8 else batch
+            maps = encoder.predict_on_batch(batch)[-2]
+            maps = pool(maps, origin["pooling"]) if origin["pooling"] else maps
+            if not start:
+                shape = (len(images), *maps.shape[1:])
+                rows = max(1, 2**18 // maps[0].size)  # images in a chunk of half a megabyte
+                chunks = (min(rows, len(images)), *maps.shape[1:])
+                features = file.create_dataset("features", shape, np.float16, chunks=chunks, fletcher32=True)
+            features[start : start + len(maps)] = maps
         file["labels"] = labels
+
+
+def feature_maps(out, run, part, images, labels, pooling=0, **described):
+    """Feature maps of a saved encoder: read from their file, or made, if there is none that fits.
+
+    A file is taken for what its attributes say, not for its name: one that another model, other images or
+    another pooling made is replaced.
+
+    Args:
+        out: Folder that holds `models/`, `weights/` and `feature_maps/`.
+        run: Name of the encoder's run.
+        part: Which images, for the name of the file: `feature_maps/RUN_PART.h5`, with `_poolN` if pooled.
+        images, labels, pooling, described: As of `write_feature_maps` and `feature_map_origin`.
+
+    Returns:
+        float16 array (N, h, w, c).
+
+    Raises:
+        ModelError: there is no such encoder, or it is damaged.
+    """
+    encoder = load_model(out, run, "encoder")
+    path = Path(out) / "feature_maps" / f"{run}_{part}{f'_pool{pooling}' if pooling else ''}.h5"
+    weights = Path(out) / "weights" / f"encoder_{run}.weights.h5"
+    origin = feature_map_origin(run, weights, images, pooling, **described)
+    try:
+        return _read_feature_maps(path, origin, len(images))
+    except FileNotFoundError:
+        pass
+    except (OSError, KeyError, ValueError) as error:
+        print(f"{path}: made again ({first_line(error)})", flush=True)
+    with atomic(path) as temporary:
+        write_feature_maps(temporary, encoder, images, labels, origin)
+    return _read_feature_maps(path, origin, len(images))
+
+
+def _read_feature_maps(path, origin, count):
+    with h5py.File(path) as file:
+        differing = [key for key, value in origin.items() if file.attrs.get(key) != value]
+        if differing:
+            raise ValueError(f"made from something else: {', '.join(differing)}")
+        features = file["features"][()]
+    if len(features) != count:
+        raise ValueError(f"{len(features)} maps of {count}")
+    return features
 
 
 def write_csv(path, rows):

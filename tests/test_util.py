@@ -262,19 +262,80 @@ def test_validation_that_is_not_a_number_stops_before_it_is_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_feature_maps_are_streamed_with_their_origin(tmp_path):
+def averaging_encoder():
+    """Encoder in stock layers whose z_mean is the average of 2x2 pixels."""
     image = keras.Input((None, None, 3))
-    encoder = keras.Model(image, [keras.layers.AveragePooling2D(2)(image), image])
-    images = np.random.default_rng(0).random((5, 4, 6, 3)).astype(np.float32)
-    batches = (images[start : start + 2] for start in (0, 2, 4))
-    origin = {"run": "small", "sigma": 25.0}
-    util.write_feature_maps(tmp_path / "f.h5", encoder, batches, np.arange(5), origin)
-    with h5py.File(tmp_path / "f.h5") as file:
-        pooled = images.reshape(5, 2, 2, 3, 2, 3).mean(axis=(2, 4))
+    average = keras.layers.Conv2D(3, 2, strides=2)
+    encoder = keras.Model(image, [average(image), keras.layers.Conv2D(3, 2, strides=2)(image)])
+    average.set_weights([np.full((2, 2, 1, 1), 0.25) * np.eye(3), np.zeros(3)])
+    return encoder
+
+
+@pytest.fixture
+def encoder_run(tmp_path):
+    """Output folder with the averaging encoder as run `small`."""
+    with util.staged(tmp_path, "small") as stage:
+        util.save_model(stage, averaging_encoder(), "encoder_small")
+        util.write_record(stage, "small", {})
+    return tmp_path
+
+
+def test_feature_maps_are_streamed_with_their_origin(encoder_run):
+    images = random_images(5, 5, 6, 3)  # the odd row is cut off
+    weights = encoder_run / "weights/encoder_small.weights.h5"
+    origin = util.feature_map_origin("small", weights, images, pooling=0, sigma=25.0)
+    path = encoder_run / "f.h5"
+    util.write_feature_maps(path, averaging_encoder(), images, np.arange(5), origin, batch_size=2)
+    with h5py.File(path) as file:
+        averages = images[:, :4].reshape(5, 2, 2, 3, 2, 3).mean(axis=(2, 4)) / 255
         assert file["features"].dtype == np.float16
-        np.testing.assert_allclose(file["features"], pooled, atol=1e-3)
+        np.testing.assert_allclose(file["features"], averages, atol=1e-3)
         assert file["labels"][:].tolist() == [0, 1, 2, 3, 4]
         assert dict(file.attrs) == origin
+        assert origin["sigma"] == 25.0
+
+
+def test_pooling_against_plain_means():
+    maps = np.random.default_rng(0).random((2, 5, 9, 3))
+    pooled = util.pool(maps, 4)
+    assert pooled.shape == (2, 4, 4, 3)
+    np.testing.assert_allclose(pooled[:, 0, 0], maps[:, 0:1, 0:2].mean(axis=(1, 2)))
+    np.testing.assert_allclose(pooled[:, 1, 3], maps[:, 1:2, 7:9].mean(axis=(1, 2)))
+    np.testing.assert_allclose(util.pool(maps, 1)[:, 0, 0], maps.mean(axis=(1, 2)))
+    np.testing.assert_allclose(util.pool(maps, 16), maps)  # there are no more cells than that
+
+
+def test_feature_maps_are_kept_and_used_again(encoder_run, monkeypatch):
+    images = random_images(6, 8, 8, 3)
+    first = util.feature_maps(encoder_run, "small", "test", images, np.arange(6), pooling=2)
+    assert first.shape == (6, 2, 2, 3)
+    np.testing.assert_allclose(first, images.reshape(6, 2, 4, 2, 4, 3).mean(axis=(2, 4)) / 255, atol=1e-3)
+    monkeypatch.setattr(util, "write_feature_maps", lambda *_: pytest.fail("made again"))
+    again = util.feature_maps(encoder_run, "small", "test", images, np.arange(6), pooling=2)
+    np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.parametrize("other", ["images", "weights", "bytes", "empty"])
+def test_feature_maps_of_something_else_are_noticed(encoder_run, other, capsys):
+    images, path = random_images(6, 8, 8, 3), encoder_run / "feature_maps/small_test.h5"
+    expected = util.feature_maps(encoder_run, "small", "test", images, np.arange(6))
+    if other == "images":  # same name, same shape
+        util.feature_maps(encoder_run, "small", "test", random_images(6, 8, 8, 3, seed=1), np.arange(6))
+    elif other == "weights":
+        with h5py.File(path, "a") as file:
+            file.attrs["weights"] = "0" * 64
+            file["features"][:] = 0
+    elif other == "bytes":
+        raw = bytearray(path.read_bytes())
+        place = raw.find(expected[0, 0].tobytes())
+        raw[place] ^= 1
+        path.write_bytes(raw)
+    else:
+        path.write_bytes(b"")
+    capsys.readouterr()
+    found = util.feature_maps(encoder_run, "small", "test", images, np.arange(6))
+    np.testing.assert_array_equal(found, expected)
+    assert f"{path}: made again (" in capsys.readouterr().out
 
 
 def test_gif_has_a_frame_for_each_figure(tmp_path):

@@ -1,0 +1,316 @@
+"""Compare nearest neighbours and clusters in pixel, PCA and feature space; trains no network.
+
+    python KNN.py                              # CIFAR-10, with simple_cifar10 and stacked_cifar10
+    python KNN.py --dataset stl10              # clusters its 100,000 unlabelled images
+    python KNN.py --dataset photos --encoders simple_photos
+
+Every test image looks for its nearest training images in the space of pixels, of PCA-compressed pixels, and
+of the feature maps of saved encoders, when it is clean, noisy and denoised; a linear support vector machine
+is trained on the same spaces. Prints a table of accuracies and writes `figures/knn_DATASET_accuracy.png`,
+`figures/knn_DATASET_neighbours.png`, `figures/knn_DATASET_clusters.png` (k-means on the feature maps), with
+`models/kmeans_ENCODER_{centroids,labels}.npy`; `logs/knn_DATASET.json`; and feature maps for the next time.
+"""
+
+import argparse
+
+import util
+from load_data import DataError, add_data_options, add_noise, dataset_name, fit_pca, load_data
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.cluster import KMeans
+from sklearn.linear_model import SGDClassifier
+from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics.cluster import contingency_matrix
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+NEIGHBOURS = (1, 3, 5, 10, 20, 50)  # what k is chosen from, on the validation split
+METRIC = "euclidean"
+POOLED_SIDE = 4
+SVM_EPOCHS = 10
+SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 3
+SHOWN_OF_A_CLUSTER = 10
+CHUNK = 1000  # images transformed at a time
+
+
+def in_chunks(images, transform):
+    """Apply a transform of (n, H, W, 3), uint8 or float32, to all images: float32 (N, d)."""
+    parts = []
+    for start in range(0, len(images), CHUNK):
+        part = images[start : start + CHUNK]
+        part = part / np.float32(255) if part.dtype == np.uint8 else part
+        parts.append(transform(part.reshape(len(part), -1)).astype(np.float32, copy=False))
+    return np.concatenate(parts)
+
+
+def spaces(args, data):
+    """The spaces to compare.
+
+    Returns:
+        Dict by label of functions: (images (N, H, W, 3), labels, which images these are) to float32 (N, d).
+    """
+    pca = fit_pca(data.images["train"])
+
+    def maps(run):
+        def transform(images, labels, part, **described):
+            described |= {"dataset": data.name}
+            features = util.feature_maps(args.out, run, part, images, labels, args.pooling, **described)
+            return features.reshape(len(features), -1).astype(np.float32)
+
+        return transform
+
+    return {
+        "pixels": lambda images, labels, part, **_: in_chunks(images, lambda pixels: pixels),
+        "PCA": lambda images, labels, part, **_: in_chunks(images, pca.transform),
+    } | {run: maps(run) for run in args.encoders}
+
+
+def query_images(clean, sigmas, denoiser):
+    """Queries by label, (sigma, images): clean ones, and for each sigma noisy (float32) and denoised ones."""
+    queries = {"clean": (0.0, clean)}
+    for sigma in sigmas:
+        noisy = add_noise(clean, sigma)
+        queries[f"noisy {sigma:g}"] = sigma, noisy
+        queries[f"denoised {sigma:g}"] = sigma, util.denoise(denoiser, noisy)
+    return queries
+
+
+def vote(neighbour_labels, classes):
+    """The class that most of the k neighbours (N, k) have; of several, the one with the lowest number."""
+    return np.eye(classes, dtype=int)[neighbour_labels].sum(axis=1).argmax(axis=1)
+
+
+def choose_k(neighbour_labels, labels):
+    """The k of NEIGHBOURS that classifies best, given labels (N, max k) sorted by distance, and true ones."""
+    classes = max(neighbour_labels.max(), labels.max()) + 1
+    candidates = [k for k in NEIGHBOURS if k <= neighbour_labels.shape[1]]
+    return max(candidates, key=lambda k: np.mean(vote(neighbour_labels[:, :k], classes) == labels))
+
+
+def accuracies(predictions, labels):
+    """Right predictions in percent, by kind of query."""
+    return {kind: 100 * float(np.mean(predicted == labels)) for kind, predicted in predictions.items()}
+
+
+def compare(args, data, queries, space_of):
+    """Accuracy of k nearest neighbours and of a linear SVM for every space and kind of query.
+
+    Returns:
+        Rows of the table, and the nearest training images (indices, sorted by distance) by space and kind of
+        query.
+    """
+    labels, truth, classes = data.labels["train"], data.labels["test"], len(data.class_names)
+    rows, nearest = [], {}
+    progress = keras.utils.Progbar(len(space_of) * (len(queries) + 1), verbose=util.progress_verbosity())
+    for space, transform in space_of.items():
+        train = transform(data.images["train"], labels, "train", split="train", sigma=0.0)
+        search = NearestNeighbors(n_neighbors=min(max(NEIGHBOURS), len(train)), metric=METRIC).fit(train)
+        validation = data.images["validation"], data.labels["validation"]
+        points = transform(*validation, "validation", split="validation", sigma=0.0)
+        k = choose_k(labels[search.kneighbors(points, return_distance=False)], validation[1])
+        points, nearest[space] = {}, {}
+        for kind, (sigma, images) in queries.items():
+            part = f"test_{kind.replace(' ', '_')}" if sigma else "test"
+            points[kind] = transform(images, truth, part, split="test", sigma=float(sigma))
+            count = min(max(k, SHOWN_NEIGHBOURS), len(train))
+            nearest[space][kind] = search.kneighbors(points[kind], count, return_distance=False)
+            progress.add(1)
+        votes = {kind: vote(labels[found[:, :k]], classes) for kind, found in nearest[space].items()}
+        described = {"space": space, "dimensions": train.shape[1]}
+        rows.append(described | {"method": f"{k}-NN"} | accuracies(votes, truth))
+        svm = make_pipeline(
+            StandardScaler(copy=False),  # the last use of these arrays
+            SGDClassifier(average=True, max_iter=SVM_EPOCHS, tol=None, random_state=args.seed, n_jobs=-1),
+        ).fit(train, labels)
+        predictions = {kind: svm.predict(queried) for kind, queried in points.items()}
+        rows.append(described | {"method": "linear SVM"} | accuracies(predictions, truth))
+        progress.add(1)
+    return rows, nearest
+
+
+def cluster(args, data, transform):
+    """k-means on the denoisers' training images.
+
+    Returns:
+        Fitted `KMeans`, and the images nearest to each centroid, indices (clusters, SHOWN_OF_A_CLUSTER).
+    """
+    split = data.denoiser_split
+    points = transform(data.images[split], data.labels[split], split, split=split, sigma=0.0)
+    kmeans = KMeans(args.clusters, random_state=args.seed).fit(points)
+    distances = kmeans.transform(points)
+    return kmeans, np.argsort(distances, axis=0, kind="stable")[:SHOWN_OF_A_CLUSTER].T
+
+
+def cluster_all(stage, args, data, space_of):
+    """Cluster PCA-compressed pixels, for comparison, and each encoder's feature maps, which are kept.
+
+    Returns:
+        Rows of the table, and the images nearest to each centroid by encoder.
+    """
+    labels = data.labels[data.denoiser_split]
+    rows, gallery = [], {}
+    for space in ("PCA", *args.encoders):
+        kmeans, members = cluster(args, data, space_of[space])
+        rows.append(cluster_row(space, labels, kmeans.labels_))
+        if space in args.encoders:
+            gallery[space] = members
+            np.save(stage / f"models/kmeans_{space}_centroids.npy", kmeans.cluster_centers_)
+            np.save(stage / f"models/kmeans_{space}_labels.npy", kmeans.labels_)
+    return rows, gallery
+
+
+def purity(labels, clusters):
+    """Share of images that have the commonest label of their cluster (Manning et al. 2008, chapter 16.3)."""
+    return contingency_matrix(labels, clusters).max(axis=0).sum() / len(labels)
+
+
+def cluster_row(space, labels, clusters):
+    """What the clusters have to do with the labels, a row of the table; labels of -1 are not known."""
+    sizes = np.bincount(clusters)
+    row = {"space": space, "images": len(labels), "smallest": sizes.min(), "largest": sizes.max()}
+    if labels.min() < 0:
+        return row | {"purity": "no labels", "adjusted Rand index": "no labels"}
+    return row | {
+        "purity": purity(labels, clusters),
+        "adjusted Rand index": adjusted_rand_score(labels, clusters),
+    }
+
+
+def accuracy_figure(rows, kinds, title):
+    """Accuracy in every space, bars for the kinds of query, a panel for each method."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    width = 0.8 / len(kinds)
+    for axis, panel in zip(figure.subplots(1, 2, sharey=True), (rows[::2], rows[1::2]), strict=True):
+        for index, kind in enumerate(kinds):
+            places = np.arange(len(panel)) + (index - (len(kinds) - 1) / 2) * width
+            axis.bar(places, [row[kind] for row in panel], width, label=kind)
+        axis.set_xticks(
+            range(len(panel)), [f"{row['space']}\n{row['dimensions']}" for row in panel], fontsize=8
+        )
+        axis.set_title(
+            "linear SVM" if panel[0]["method"] == "linear SVM" else "k nearest neighbours", fontsize=9
+        )
+        axis.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylabel("accuracy in %")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def neighbours_figure(data, queries, nearest):
+    """Queries of the strongest noise, and in each space the training images nearest to the noisy query."""
+    noisy, denoised = list(queries)[-2:]
+    shown = np.linspace(0, len(data.images["test"]), SHOWN_QUERIES, endpoint=False).astype(int)
+    shown = np.unique(shown)
+
+    def names(labels):
+        return [data.class_names[label] for label in labels]
+
+    rows = [
+        ("clean", data.images["test"][shown], names(data.labels["test"][shown])),
+        (noisy, util.to_uint8(queries[noisy][1][shown]), None),
+        (denoised, queries[denoised][1][shown], None),
+    ]
+    for space, found in nearest.items():
+        for rank in range(min(SHOWN_NEIGHBOURS, found[noisy].shape[1])):
+            index = found[noisy][shown, rank]
+            rows.append(
+                (f"{space}\n{rank + 1}", data.images["train"][index], names(data.labels["train"][index]))
+            )
+    return util.rows_figure(
+        rows, f"{data.name}: training images nearest to the query ({noisy}) in each space"
+    )
+
+
+def clusters_figure(data, gallery):
+    """For each space a block of rows: the images nearest to a centroid."""
+    images, labels = data.images[data.denoiser_split], data.labels[data.denoiser_split]
+    rows = []
+    for space, members in gallery.items():
+        for number, index in enumerate(members):
+            captions = [data.class_names[label] for label in labels[index]] if labels.min() >= 0 else None
+            rows.append((f"{space}\ncluster {number}", images[index], captions))
+    return util.rows_figure(rows, f"{data.name}: the images nearest to each centroid", cell=1)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_data_options(parser)
+    util.add_run_options(parser)
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        metavar="NAME",
+        help="runs (default: simple_DATASET, and stacked_DATASET if there)",
+    )
+    parser.add_argument(
+        "--denoiser", metavar="NAME", help="run that denoises the queries (default: the last encoder)"
+    )
+    parser.add_argument(
+        "--sigmas",
+        type=util.number(float, 1e-3, 255),
+        nargs="+",
+        default=(25, 50),
+        help="noise of the queries",
+    )
+    parser.add_argument(
+        "--pooling",
+        type=util.number(int, 0),
+        default=POOLED_SIDE,
+        metavar="SIDE",
+        help="grid that feature maps are averaged to; 0: as they are",
+    )
+    parser.add_argument("--clusters", type=util.number(int, 2), default=10, help="centroids of k-means")
+    args = parser.parse_args(argv)
+    args.name = args.name or f"knn_{dataset_name(args.dataset)}"
+    if not args.encoders:
+        default = [f"{kind}_{dataset_name(args.dataset)}" for kind in ("simple", "stacked")]
+        there = util.saved_runs(args.out, "encoder")
+        args.encoders = [run for run in default if run in there] or default[:1]
+    args.denoiser = args.denoiser or args.encoders[-1]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    denoiser = util.load_model(args.out, args.denoiser, "autoencoder")
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit)
+    count = len(data.images["test"])
+    if args.clusters > len(data.images[data.denoiser_split]):
+        raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
+    if len(np.unique(data.labels["train"])) < 2:
+        remedy = "raise --limit, or sort the pictures into a subfolder for each class"
+        raise DataError(f"{args.dataset}: its training images are all of one class; {remedy}")
+    with util.locked(args.out, args.name), util.staged(args.out, args.name) as stage:
+        space_of = spaces(args, data)
+        queries = query_images(data.images["test"], args.sigmas, denoiser)
+        rows, nearest = compare(args, data, queries, space_of)
+        searched = (
+            f"{len(data.images['train']):,} training images, {METRIC}, k chosen on the validation split"
+        )
+        print(f"{data.name}: accuracy in % of {count:,} test images, denoised by {args.denoiser};")
+        print(f"neighbours among {searched}:")
+        print(util.format_table(rows))
+        print(f"95 % intervals: at most {98 / np.sqrt(count):.1f} points either side")
+        cluster_rows, gallery = cluster_all(stage, args, data, space_of)
+        print(util.format_table(cluster_rows))
+        figures = {
+            "accuracy": accuracy_figure(rows, list(queries), f"{data.name}, {count:,} test images"),
+            "neighbours": neighbours_figure(data, queries, nearest),
+            "clusters": clusters_figure(data, gallery),
+        }
+        for kind, figure in figures.items():
+            util.save_figure(figure, stage / f"figures/{args.name}_{kind}.png")
+        described = {"arguments": util.portable_arguments(args), "environment": util.environment()}
+        results = {"test_images": count, "accuracy": rows, "clusters": cluster_rows}
+        util.write_record(stage, args.name, described | results)
+    print(f"Written to {args.out}: figures, clusters, record of {args.name}, and feature maps")
+
+
+if __name__ == "__main__":
+    util.run_script(main)
