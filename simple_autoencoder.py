@@ -61,7 +61,7 @@ SHOWN_SIGMA = 50
 GIF_FRAMES = 50  # at most
 SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
-POSTERIOR_SAMPLES = 20
+POSTERIOR_SAMPLES, POSTERIOR_IMAGES = 20, 500
 FEATURE_MAP_TRAIN_IMAGES = 5000
 
 
@@ -380,6 +380,67 @@ def sweep_figure(models, clean):
     return util.curves_figure(panels, f"Mean over {len(clean)} test images")
 
 
+def decoded_samples(decoder, codes, count, seed=TEST_NOISE_SEED):
+    """Images decoded from draws of the posterior.
+
+    Args:
+        decoder: Saved model.
+        codes: [z_mean, z_log_var] of each level, one after another, as the encoder gives them.
+        count: Draws of all codes.
+        seed: Of the draws.
+
+    Returns:
+        float32 array (count, N, H, W, 3), nominally in [0, 1].
+    """
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(count):
+        pairs = zip(codes[::2], codes[1::2], strict=True)
+        z = [
+            mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32)
+            for mean, log_var in pairs
+        ]
+        draws.append(decoder.predict(z if len(z) > 1 else z[0], verbose=0))
+    return np.stack(draws)
+
+
+def posterior_tables(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERIOR_SAMPLES):
+    """What the code is worth: its information, and the PSNR of what its mean and its samples decode to.
+
+    Args:
+        encoder, decoder: Saved models.
+        clean: uint8 array (N, H, W, 3).
+        sigma: Of the noise.
+        samples: Draws that are averaged.
+
+    Returns:
+        Rows by level: KL from N(0, I) in nats, mean over latents and images, and the share of active units,
+        the channels whose mean has a variance above 0.01 (Burda, Grosse, Salakhutdinov, "Importance Weighted
+        Autoencoders", ICLR 2016); and rows by what is decoded: PSNR in dB.
+    """
+    clean = whole_cells(clean, util.stride(encoder))
+    codes = encoder.predict(add_noise(clean, sigma), verbose=0)
+    levels = []
+    for level, (mean, log_var) in enumerate(zip(codes[::2], codes[1::2], strict=True), start=1):
+        kl = ops.convert_to_numpy(kl_divergence(mean, log_var)) / mean[0].size
+        active = mean.var(axis=(0, 1, 2)) > 0.01
+        levels.append(
+            {"level": level, "KL per latent": float(kl.mean()), "active units": float(active.mean())}
+        )
+    means = codes[::2]
+    draws = decoded_samples(decoder, codes, samples)
+    decoded = {
+        "posterior mean": decoder.predict(means if len(means) > 1 else means[0], verbose=0),
+        "one sample": draws[0],
+        f"mean of {samples} samples": draws.mean(axis=0),
+    }
+    quality = [
+        {"decoded": label, "PSNR": float(util.psnr(clean, util.to_uint8(images)).mean())}
+        for label, images in decoded.items()
+    ]
+    return levels, quality
+
+
 def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERIOR_SAMPLES):
     """What sampling z tells: the standard deviation of the decoded samples beside the error, per pixel.
 
@@ -391,16 +452,7 @@ def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERI
     """
     clean = whole_cells(clean, util.stride(encoder))
     noisy = add_noise(clean, sigma)
-    codes = encoder.predict(noisy, verbose=0)
-    rng = np.random.default_rng(TEST_NOISE_SEED)
-    draws = []
-    for _ in range(samples):
-        pairs = zip(codes[::2], codes[1::2], strict=True)
-        z = [
-            mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32)
-            for mean, log_var in pairs
-        ]
-        draws.append(decoder.predict(z if len(z) > 1 else z[0], verbose=0))
+    draws = decoded_samples(decoder, encoder.predict(noisy, verbose=0), samples)
     average = np.mean(draws, axis=0)
     deviation = 255 * np.std(draws, axis=0).mean(axis=-1)
     error = 255 * np.abs(average - clean / 255).mean(axis=-1)
@@ -506,7 +558,7 @@ def write_run(args, models, vae, data, rows, record=None):
             "epochs": len(rows),
             "best": max(rows, key=lambda row: row["val_psnr"]),
         }
-        results = evaluation(models, data, TEST_IMAGES)
+        results = evaluation(models, encoder, decoder, data, TEST_IMAGES)
         util.write_record(stage, name, described | (record or {}) | results)
     if (folder / "tensorboard").exists():
         shutil.rmtree(args.out / f"logs/{name}", ignore_errors=True)
@@ -527,7 +579,7 @@ def write_figures(stage, name, models, encoder, decoder, data, rows):
         util.save_figure(figure, stage / f"figures/{name}_{kind}.png")
 
 
-def evaluation(models, data, count):
+def evaluation(models, encoder, decoder, data, count):
     """Evaluate on the first `count` test images, print the tables, return them as a part of the record."""
     clean = data.sample("test", count)
     costs = [{"model": label} | cost(model) for label, model in models.items()]
@@ -535,8 +587,12 @@ def evaluation(models, data, count):
     table = evaluate(blind(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
     print(util.format_table(table))
+    posterior = posterior_tables(encoder, decoder, clean[:POSTERIOR_IMAGES])
+    print(f"Codes of the first {len(clean[:POSTERIOR_IMAGES]):,} of them at sigma {SHOWN_SIGMA}:")
+    for rows in posterior:
+        print(util.format_table(rows))
     key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"
-    return {"costs": costs, "evaluation": {key: table}}
+    return {"costs": costs, "evaluation": {key: table}, "posterior": posterior}
 
 
 def cost(model, side=32):
@@ -559,11 +615,12 @@ def evaluate_saved(args, labels):
     """
     with util.locked(args.out, args.name):
         models = {label: util.load_model(args.out, run, "autoencoder") for label, run in labels.items()}
+        parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         record = util.read_record(args.out, args.name)
         size = args.size
         if size is None and record.get("data", {}).get("name") == dataset_name(args.dataset):
             size = record["arguments"]["size"]
-        results = evaluation(models, load_data(args.dataset, args.data_dir, size), args.images)
+        results = evaluation(models, *parts, load_data(args.dataset, args.data_dir, size), args.images)
         results["evaluation"] = record.get("evaluation", {}) | results["evaluation"]
         with util.staged(args.out, args.name) as stage:
             util.write_record(stage, args.name, record | results)

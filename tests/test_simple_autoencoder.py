@@ -141,6 +141,35 @@ def test_evaluation_against_a_plain_loop():
         assert row[f"{label} PSNR"] == pytest.approx(np.mean(psnr), abs=0.01)
 
 
+def test_posterior_tables_against_closed_forms():
+    encoder, decoder = small_models()  # the identity: z_mean is the image, z_log_var is -10
+    clean = random_images(40, 8, 8, 3)
+    levels, quality = simple.posterior_tables(encoder, decoder, clean, sigma=25, samples=10)
+    noisy = add_noise(clean, 25)
+    (z_mean, z_log_var) = encoder.predict(noisy, verbose=0)
+    kl = 0.5 * (z_mean**2 + np.exp(z_log_var) - 1 - z_log_var)
+    assert levels == [
+        {
+            "level": 1,
+            "KL per latent": pytest.approx(kl.mean(), rel=1e-4),
+            "active units": pytest.approx(np.mean(z_mean.reshape(-1, 14).var(axis=0) > 0.01)),
+        }
+    ]
+    expected = util.psnr(clean, util.to_uint8(noisy)).mean()
+    assert [row["decoded"] for row in quality] == ["posterior mean", "one sample", "mean of 10 samples"]
+    assert quality[0]["PSNR"] == pytest.approx(expected, abs=0.01)
+    assert quality[1]["PSNR"] < quality[2]["PSNR"] <= quality[0]["PSNR"] + 1e-3
+
+
+def test_samples_have_the_posteriors_deviation():
+    encoder, decoder = small_models()
+    codes = [np.zeros((2, 4, 4, 14), np.float32), np.full((2, 4, 4, 14), np.log(0.04), np.float32)]
+    draws = simple.decoded_samples(decoder, codes, 200)
+    assert draws.shape == (200, 2, 8, 8, 3)
+    assert draws.std() == pytest.approx(0.2, abs=0.003)
+    assert draws.mean() == pytest.approx(0.5, abs=0.003)
+
+
 def test_learning_rate_rises_and_falls():
     rate = simple.build_optimizer(1e-3, 1000)._learning_rate
     assert float(rate(0)) == 0
