@@ -16,7 +16,6 @@ import argparse
 import util
 from load_data import DataError, add_data_options, add_noise, dataset_name, fit_pca, load_data
 
-import keras
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
@@ -104,7 +103,7 @@ def compare(args, data, queries, space_of):
     """
     labels, truth, classes = data.labels["train"], data.labels["test"], len(data.class_names)
     rows, nearest = [], {}
-    progress = keras.utils.Progbar(len(space_of) * (len(queries) + 1), verbose=util.progress_verbosity())
+    advance = util.progress(len(space_of) * (len(queries) + 1), "spaces and kinds of query")
     for space, transform in space_of.items():
         train = transform(data.images["train"], labels, "train", split="train", sigma=0.0)
         search = NearestNeighbors(n_neighbors=min(max(NEIGHBOURS), len(train)), metric=METRIC).fit(train)
@@ -117,7 +116,7 @@ def compare(args, data, queries, space_of):
             points[kind] = transform(images, truth, part, split="test", sigma=float(sigma))
             count = min(max(k, SHOWN_NEIGHBOURS), len(train))
             nearest[space][kind] = search.kneighbors(points[kind], count, return_distance=False)
-            progress.add(1)
+            advance()
         votes = {kind: vote(labels[found[:, :k]], classes) for kind, found in nearest[space].items()}
         described = {"space": space, "dimensions": train.shape[1]}
         rows.append(described | {"method": f"{k}-NN"} | accuracies(votes, truth))
@@ -127,7 +126,7 @@ def compare(args, data, queries, space_of):
         ).fit(train, labels)
         predictions = {kind: svm.predict(queried) for kind, queried in points.items()}
         rows.append(described | {"method": "linear SVM"} | accuracies(predictions, truth))
-        progress.add(1)
+        advance()
     return rows, nearest
 
 

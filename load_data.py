@@ -25,7 +25,7 @@ from util import (
     first_line,
     format_table,
     number,
-    progress_verbosity,
+    progress,
     psnr,
     rows_figure,
     run_script,
@@ -256,14 +256,14 @@ def _cached_resize(images, size, cache):
     if not cache.exists():
         print(f"Resizing {len(images):,} images to {size}x{size} into {cache}", flush=True)
         shape = (len(images), size, size, 3)
-        progress = keras.utils.Progbar(len(images), verbose=progress_verbosity())
+        advance = progress(len(images), "resized")
         # not through a memory map, where a full disk would kill the process
         with atomic(cache) as path, open(path, "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(images), 1000):
                 file.write(resize(images[start : start + 1000], size))
-                progress.update(min(start + 1000, len(images)))
+                advance(len(images[start : start + 1000]))
     return _open_cache(cache, (len(images), size, size, 3))
 
 

@@ -105,6 +105,27 @@ def progress_verbosity():
     return 1 if sys.stdout.isatty() else 2
 
 
+def progress(total, label):
+    """Tell how far some work is: a moving bar on a terminal, elsewhere a plain line every ten seconds.
+
+    Returns:
+        Function to call with how much more is done.
+    """
+    bar = keras.utils.Progbar(total) if sys.stdout.isatty() else None
+    done, told = 0, time.monotonic()
+
+    def advance(count=1):
+        nonlocal done, told
+        done += count
+        if bar:
+            bar.update(done)
+        elif done >= total or time.monotonic() - told >= 10:
+            print(f"{label}: {done:,} of {total:,}", flush=True)
+            told = time.monotonic()
+
+    return advance
+
+
 def fast_precision():
     """`mixed_bfloat16` where the hardware computes in it (a GPU, a CPU with AVX512-BF16), else `float32`."""
     with contextlib.suppress(OSError):

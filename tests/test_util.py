@@ -295,6 +295,13 @@ def test_feature_maps_are_streamed_with_their_origin(encoder_run):
         assert origin["sigma"] == 25.0
 
 
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
+    advance = util.progress(3000, "images")
+    for _ in range(3):
+        advance(1000)
+    assert capsys.readouterr().out == "images: 3,000 of 3,000\n"
+
+
 def test_pooling_against_plain_means():
     maps = np.random.default_rng(0).random((2, 5, 9, 3))
     pooled = util.pool(maps, 4)
