@@ -35,14 +35,14 @@ SHOWN_OF_A_CLUSTER = 10
 CHUNK = 1000  # images transformed at a time
 
 
-def in_chunks(images, transform):
-    """Apply a transform of (n, H, W, 3), uint8 or float32, to all images: float32 (N, d)."""
-    parts = []
+def in_chunks(images, transform, dimensions):
+    """Transform images (N, H, W, 3), uint8 or float32, flat and in [0, 1], to points (N, dimensions)."""
+    points = np.empty((len(images), dimensions), np.float32)
     for start in range(0, len(images), CHUNK):
         part = images[start : start + CHUNK]
         part = part / np.float32(255) if part.dtype == np.uint8 else part
-        parts.append(transform(part.reshape(len(part), -1)).astype(np.float32, copy=False))
-    return np.concatenate(parts)
+        points[start : start + CHUNK] = transform(part.reshape(len(part), -1))
+    return points
 
 
 def spaces(args, data):
@@ -62,8 +62,8 @@ def spaces(args, data):
         return transform
 
     return {
-        "pixels": lambda images, labels, part, **_: in_chunks(images, lambda pixels: pixels),
-        "PCA": lambda images, labels, part, **_: in_chunks(images, pca.transform),
+        "pixels": lambda images, labels, part, **_: in_chunks(images, np.asarray, pca.n_features_in_),
+        "PCA": lambda images, labels, part, **_: in_chunks(images, pca.transform, pca.n_components_),
     } | {run: maps(run) for run in args.encoders}
 
 

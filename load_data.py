@@ -294,6 +294,68 @@ def read_picture(path):
         return np.asarray(image.convert("RGB"))
 
 
+def read_pixels(path):
+    """Read an image file without loss: upright by its EXIF orientation, in its own channels and depth.
+
+    Returns:
+        uint8 or uint16 array, (H, W, 1) of a grey image or (H, W, 3) of a coloured one (palettes and CMYK
+        become RGB), and its alpha (H, W), or None.
+
+    Raises:
+        OSError: not an image, one of several frames, or of floating point pixels.
+    """
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise OSError("an image of several frames")
+        if image.mode == "F":
+            raise OSError("floating point pixels")
+        deep = image.format == "PNG" and "16" in str(image.tile[0][3]) and not image.mode.startswith("I")
+        if not deep:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                return np.asarray(image).astype(np.uint16)[..., None], None
+            transparent = "A" in image.mode or "transparency" in image.info
+            grey = image.mode in ("1", "L", "LA")
+            mode = ("L" if grey else "RGB") + ("A" if transparent else "")
+            pixels = np.asarray(image.convert(mode))
+    if deep:  # colours of 16 bits, which Pillow would cut to 8
+        pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
+    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None
+
+
+def write_pixels(path, pixels, alpha=None):
+    """Write what `read_pixels` returns, in the format that the ending of `path` asks for; JPEG at quality 95.
+
+    Raises:
+        OSError: the format cannot hold these channels or this depth; or the disk is full, and so on.
+    """
+    suffix = path.suffix.lower()
+    if pixels.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
+        raise OSError(f"{path}: {suffix} holds no 16 bits; choose .png")
+    if alpha is not None and suffix in (".jpg", ".jpeg"):
+        raise OSError(f"{path}: JPEG holds no transparency; choose .png")
+    channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
+    with atomic(path) as temporary:
+        if pixels.dtype == np.uint16 and channels.shape[2] > 1:
+            if suffix != ".png":
+                raise OSError(f"{path}: colours of 16 bits are written as .png only; choose that")
+            temporary.write_bytes(_tensorflow_io().encode_png(channels).numpy())
+        else:
+            Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels).save(
+                temporary, **({"quality": 95} if suffix in (".jpg", ".jpeg") else {})
+            )
+
+
+def _tensorflow_io():
+    try:
+        from tensorflow import io
+    except ImportError:
+        raise OSError("colours of 16 bits are read and written by TensorFlow, which is not there") from None
+    return io
+
+
 def cut(picture, size, step):
     """Cut a picture (H, W, 3) into patches (N, size, size, 3), `step` pixels apart, row by row."""
     if min(picture.shape[:2]) < size:
@@ -482,7 +544,8 @@ def fit_pca(images, energy=0.95):
         Fitted `sklearn.decomposition.PCA` (the singular value decomposition of the centred pixels) with as
         many components as needed; `transform` and `inverse_transform` take pixels in [0, 1], flattened.
     """
-    pixels = images.reshape(len(images), -1).astype(np.float32) / 255
+    pixels = images.reshape(len(images), -1).astype(np.float32)
+    pixels /= 255  # in place: there may be much of it
     solver = "covariance_eigh" if len(pixels) >= pixels.shape[1] else "full"
     return PCA(n_components=energy, svd_solver=solver).fit(pixels)
 

@@ -4,6 +4,7 @@
     python simple_autoencoder.py --dataset photos      # built-in photographs, no download
     python simple_autoencoder.py --resume              # go on after an interruption
     python simple_autoencoder.py evaluate              # measure the saved model again
+    python simple_autoencoder.py denoise IN --to OUT   # your own pictures
 
 Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
 models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
@@ -15,8 +16,10 @@ Kingma, Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 """
 
 import argparse
+import math
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import util
@@ -25,11 +28,14 @@ from load_data import (
     SIGMAS,
     TEST_NOISE_SEED,
     Batches,
+    DataError,
     add_data_options,
     add_noise,
     dataset_name,
     evenly,
     load_data,
+    read_pixels,
+    write_pixels,
 )
 
 import keras
@@ -626,6 +632,96 @@ def evaluate_saved(args, labels):
             util.write_record(stage, args.name, record | results)
 
 
+def denoise_pixels(model, pixels, strength=1.0):
+    """Denoise a picture as it is, without adding noise.
+
+    Args:
+        model: Saved `autoencoder`.
+        pixels: uint8 or uint16 array, (H, W, 3), or (H, W, 1) of a grey picture.
+        strength: From 0, the picture itself, to 1, all of the model's result.
+
+    Returns:
+        Array like `pixels`, and the standard deviation of what was removed, on the 0-255 scale.
+    """
+    peak = np.iinfo(pixels.dtype).max
+    result = np.empty_like(pixels)
+    tiles = math.prod(math.ceil(side / util.TILE) for side in pixels.shape[:2])
+    advance = util.progress(tiles, "tiles") if tiles > 1 else lambda: None
+    total = squares = 0.0
+    for rows, columns, denoised in util.denoise_tiles(model, np.repeat(pixels, 3 // pixels.shape[2], axis=2)):
+        before = pixels[rows, columns] / peak
+        if pixels.shape[2] == 1:
+            denoised = denoised.mean(axis=2, keepdims=True)
+        after = before + strength * (np.clip(denoised, 0, 1) - before)
+        result[rows, columns] = np.round(after * peak)
+        total, squares = total + (before - after).sum(), squares + np.square(before - after).sum()
+        advance()
+    variance = squares / pixels.size - (total / pixels.size) ** 2
+    return result, 255 * math.sqrt(max(0.0, variance))
+
+
+def denoise_file(model, source, target, strength, force):
+    """Denoise one image file and tell size, estimated noise and time.
+
+    Raises:
+        OSError: it cannot be read, or the target exists, or cannot be written.
+    """
+    if target.exists() and (not force or target.samefile(source)):
+        remedy = "choose another --to" if target.samefile(source) else "choose another --to, or --force"
+        raise DataError(f"{target}: is there already; {remedy}")
+    started = time.monotonic()
+    try:
+        pixels, alpha = read_pixels(source)
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        raise DataError(f"{source}: not a readable image ({util.first_line(error)})") from None
+    denoised, noise = denoise_pixels(model, pixels, strength)
+    write_pixels(target, denoised, alpha)
+    size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+    print(f"{target}: {size}, noise about {noise:.1f}, {time.monotonic() - started:.1f} s", flush=True)
+
+
+def sources_and_targets(pictures, to):
+    """Which files to denoise into which; `to` is a folder, or a file name for a single picture.
+
+    Raises:
+        DataError: nothing to denoise, or two files for one target.
+    """
+    sources = []
+    for path in pictures:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+            if not inside:
+                raise DataError(f"{path}: there are no files in it; choose another folder")
+        sources += inside
+    if len(sources) == 1 and sources == pictures and to.suffix and not to.is_dir():
+        return [(sources[0], to)]
+    targets = [to / source.name for source in sources]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise DataError(f"{target}: two of the pictures have this name; denoise them one after another")
+    return list(zip(sources, targets, strict=True))
+
+
+def denoise_pictures(args):
+    """Denoise image files; one that fails is named, and the others go on.
+
+    Raises:
+        DataError: some have failed.
+    """
+    model = util.load_model(args.out, args.name, "autoencoder")
+    pairs = sources_and_targets(args.pictures, args.to)
+    failed = 0
+    for source, target in pairs:
+        try:
+            denoise_file(model, source, target, args.strength, args.force)
+        except OSError as error:
+            failed += 1
+            print(util.error_line(error), file=sys.stderr, flush=True)
+    if failed:
+        raise DataError(f"{args.to}: {failed} of {len(pairs)} pictures are missing, for the reasons above")
+
+
 def add_train_options(parser):
     """Add the options of a training run."""
     add_data_options(parser)
@@ -659,6 +755,25 @@ def add_evaluate_options(parser):
     parser.add_argument("--images", type=util.number(int, 1), default=TEST_IMAGES, help="test images to use")
 
 
+def add_denoise_options(parser, default_run):
+    """Add the options of the verb `denoise`."""
+    parser.add_argument(
+        "pictures", metavar="IN", type=Path, nargs="+", help="image files, or folders of them"
+    )
+    parser.add_argument(
+        "--to", type=Path, required=True, help="folder to write to, or a file name for a single picture"
+    )
+    parser.add_argument("--name", type=util.run_name, default=default_run, help="run whose model denoises")
+    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
+    parser.add_argument(
+        "--strength",
+        type=util.number(float, 0, 1),
+        default=1.0,
+        help="from 0, the picture itself, to 1, all of the model's result",
+    )
+    parser.add_argument("--force", action="store_true", help="replace pictures that are there already")
+
+
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda train: None):
     """Parse the command line of this script, or of one that trains another kind of model the same way.
 
@@ -669,7 +784,7 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         add_own_options: Function that adds to the parser of the verb `train`, or changes its defaults.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in ("train", "evaluate", "-h", "--help"):
+    if not argv or argv[0] not in ("train", "evaluate", "denoise", "-h", "--help"):
         argv.insert(0, "train")
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0],
@@ -683,7 +798,11 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     add_evaluate_options(
         verbs.add_parser("evaluate", help="measure a saved model", formatter_class=show_defaults)
     )
+    denoise = verbs.add_parser("denoise", help="denoise your own pictures", formatter_class=show_defaults)
+    add_denoise_options(denoise, f"{kind}_cifar10")
     args = parser.parse_args(argv)
+    if args.verb == "denoise":
+        return args
     if args.dataset not in BUILT_IN:
         args.dataset = str(Path(args.dataset).resolve())  # so that --resume finds it from anywhere
     args.data_dir = str(Path(args.data_dir).resolve())
@@ -699,6 +818,9 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.verb == "denoise":
+        denoise_pictures(args)
+        return
     if args.verb == "evaluate":
         evaluate_saved(args, {"simple": args.name})
         return

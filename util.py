@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -43,6 +44,7 @@ except ImportError:  # Windows: no advisory locks, so two runs of one name are n
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
+TILE = 768  # side in pixels: a few hundred megabytes
 
 
 class ModelError(OSError):
@@ -155,9 +157,14 @@ def run_script(main):
     except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
         _leave(1)
     except OSError as error:
-        remedy = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
-        line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        _leave(1, " ".join(line.split()) + remedy)
+        _leave(1, error_line(error))
+
+
+def error_line(error):
+    """What an `OSError` tells the user, in one line."""
+    remedy = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
+    line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return " ".join(line.split()) + remedy
 
 
 def _leave(code, line=None):
@@ -478,29 +485,45 @@ def multiply_accumulates(model, shape):
     Returns:
         Number of multiply-accumulates; additions of biases, activations and the like are left out.
     """
-    return _multiply_accumulates(model, keras.Input(shape))
-
-
-def _multiply_accumulates(model, inputs):
     total = 0
-
-    def call(layer, *args, **kwargs):
-        nonlocal total
-        output = layer(*args, **kwargs)
-        if isinstance(layer, keras.Model):
-            total += _multiply_accumulates(layer, args[0])
-        elif hasattr(layer, "kernel"):
+    for layer, before, after in _calls(model, keras.Input(shape)):
+        if hasattr(layer, "kernel"):
             # the kernel is applied at each output position, a transposed convolution's at each input position
             transposed = isinstance(layer, keras.layers.Conv2DTranspose)
-            positions = (args[0] if transposed else output).shape[1:-1]
+            positions = (before if transposed else after).shape[1:-1]
             total += math.prod(positions) * math.prod(layer.kernel.shape)
+    return total
+
+
+def receptive_field(model):
+    """How many pixels to either side an output pixel of a convolutional model depends on, at most."""
+    side = 8 * stride(model)
+    radius = 0
+    for layer, before, after in _calls(model, keras.Input((side, side, 3))):
+        if isinstance(layer, (keras.layers.Conv2D, keras.layers.Conv2DTranspose)):
+            size, pixels = layer.kernel_size[0], side // max(before.shape[1], after.shape[1])
+            # an odd kernel looks to both sides alike, an even one to one side
+            radius += (size // 2 if size % 2 else size - 1) * pixels
+    return radius
+
+
+def _calls(model, inputs):
+    """(layer, input, output) of every layer of a functional model, those of nested models included."""
+    calls = []
+
+    def call(layer, *args, **kwargs):
+        output = layer(*args, **kwargs)
+        if isinstance(layer, keras.Model):
+            calls.extend(_calls(layer, args[0]))
+        else:
+            calls.append((layer, args[0] if args else None, output))
         return output
 
     # only the walk over the graph is wanted, where every shape is known: the layers are not copied
     keras.models.clone_model(
         model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=call
     )
-    return total
+    return calls
 
 
 def images_per_second(model, images, repeats=3):
@@ -530,6 +553,41 @@ def denoise(model, noisy, batch_size=250):
     padded = np.pad(noisy, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="edge")
     denoised = model.predict(padded, batch_size=batch_size, verbose=0)[:, :height, :width]
     return to_uint8(denoised)
+
+
+def denoise_tiles(model, picture, tile=TILE):
+    """Denoise a picture of any size, tile by tile, so that memory is bounded.
+
+    Every tile is computed with as much of its surroundings as the model's receptive field reaches: where the
+    tiles meet, nothing shows, and the result is that of the whole picture but for rounding.
+
+    Args:
+        model: Saved `autoencoder`.
+        picture: uint8 or uint16 array (H, W, 3).
+        tile: Side of a tile in pixels, a multiple of the model's stride.
+
+    Yields:
+        Slices of rows and of columns, and that tile of the denoised picture, float32 (h, w, 3), nominally in
+        [0, 1].
+    """
+    peak = np.float32(np.iinfo(picture.dtype).max)
+    step = stride(model)
+    reach = -(-receptive_field(model) // step) * step
+    height, width = picture.shape[:2]
+    # the model wants whole cells: repeat the last row and column
+    padded = np.pad(picture, ((0, -height % step), (0, -width % step), (0, 0)), mode="edge")
+    for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
+        first_row, first_column = max(0, top - reach), max(0, left - reach)
+        window = padded[first_row : top + tile + reach, first_column : left + tile + reach]
+        denoised = np.asarray(model.predict_on_batch(window[None] / peak))[0]
+        rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
+        yield (
+            rows,
+            columns,
+            denoised[rows.start - first_row : rows.stop - first_row][
+                :, columns.start - first_column : columns.stop - first_column
+            ],
+        )
 
 
 def to_uint8(images):

@@ -383,3 +383,53 @@ def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys):
     assert "|      train |" in printed
     assert "keep 95%" in printed
     assert iio.imread(tmp_path / "figures/data_photos.png").shape[0] > 300
+
+
+PIXELS = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), np.uint16)
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("channels", "suffix"), [(1, ".png"), (2, ".png"), (3, ".png"), (4, ".png"), (1, ".tif"), (3, ".webp")]
+)
+def test_pixels_are_written_and_read_without_loss(tmp_path, channels, suffix, depth):
+    path = tmp_path / f"a picture ä{suffix}"
+    pixels = (PIXELS >> (8 if depth == np.uint8 else 0)).astype(depth)
+    colours, alpha = pixels[..., : 3 if channels > 2 else 1], pixels[..., 3] if channels % 2 == 0 else None
+    if suffix == ".webp":
+        if depth == np.uint16:
+            with pytest.raises(OSError, match=r".webp holds no 16 bits; choose .png"):
+                load_data.write_pixels(path, colours)
+        else:
+            load_data.write_pixels(path, colours)
+            assert load_data.read_pixels(path)[0].shape == (5, 7, 3)  # WebP loses some
+        return
+    load_data.write_pixels(path, colours, alpha)
+    read_colours, read_alpha = load_data.read_pixels(path)
+    assert read_colours.dtype == depth
+    np.testing.assert_array_equal(read_colours, colours)
+    np.testing.assert_array_equal(read_alpha, alpha) if alpha is not None else None
+    assert (read_alpha is None) == (alpha is None)
+
+
+def test_pixels_are_upright_and_of_a_palette_coloured(tmp_path):
+    rgb = random_images(4, 6, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(load_data.read_pixels(tmp_path / "turned.png")[0], np.rot90(rgb, -1))
+    Image.fromarray(rgb).quantize(256).save(tmp_path / "palette.png")
+    pixels, alpha = load_data.read_pixels(tmp_path / "palette.png")
+    assert pixels.shape == (4, 6, 3)
+    assert alpha is None
+
+
+def test_pixels_that_a_format_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(OSError, match="JPEG holds no transparency; choose .png"):
+        load_data.write_pixels(tmp_path / "a.jpg", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8))
+    with pytest.raises(OSError, match="16 bits are written as .png only"):
+        load_data.write_pixels(tmp_path / "a.tif", np.zeros((2, 2, 3), np.uint16))
+    frames = [Image.fromarray(random_images(4, 4, 3, seed=seed)) for seed in range(2)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(OSError, match="several frames"):
+        load_data.read_pixels(tmp_path / "a.gif")

@@ -386,3 +386,80 @@ def test_train_is_meant_when_no_verb_is_given():
     assert simple.parse_args(["--epochs", "3"]).epochs == 3
     assert simple.parse_args(["evaluate"]).name == "simple_cifar10"
     assert simple.parse_args(["--dataset", "/some/holiday"]).name == "simple_holiday"
+
+
+def identity_model():
+    return simple.build_autoencoder(*small_models())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 7, 3), (7, 1, 1), (33, 57, 3)])
+def test_pictures_of_any_size_keep_shape_and_depth(shape):
+    for depth in (np.uint8, np.uint16):
+        pixels = np.random.default_rng(0).integers(0, np.iinfo(depth).max, shape, depth, endpoint=True)
+        denoised, noise = simple.denoise_pixels(identity_model(), pixels)
+        assert denoised.dtype == depth
+        np.testing.assert_allclose(denoised, pixels, atol=1)
+        assert noise < 0.01
+
+
+def test_strength_blends_and_noise_is_what_was_removed():
+    model = shaken(identity_model())
+    pixels = random_images(20, 22, 3)
+    full, noise = simple.denoise_pixels(model, pixels)
+    half, _ = simple.denoise_pixels(model, pixels, strength=0.5)
+    none, nothing = simple.denoise_pixels(model, pixels, strength=0)
+    np.testing.assert_array_equal(none, pixels)
+    assert nothing == 0
+    np.testing.assert_allclose(half, (full.astype(float) + pixels) / 2, atol=1)
+    assert noise == pytest.approx(np.std(full.astype(float) - pixels), abs=0.5)
+
+
+def test_denoise_writes_what_it_can_and_names_the_rest(trained, tmp_path):
+    source, target = tmp_path / "in folder", tmp_path / "out ä"
+    source.mkdir()
+    for name, shape in (("a ö.png", (9, 14, 3)), ("b.jpg", (30, 20, 3)), ("grey.png", (5, 6))):
+        iio.imwrite(source / name, random_images(*shape))
+    (source / "text.png").write_text("no image")
+    raw = (source / "b.jpg").read_bytes()
+    (source / "cut.jpg").write_bytes(raw[: len(raw) // 2])
+    arguments = ["denoise", source, "--to", target, "--name=simple_photos", "--out", trained[0]]
+    code, printed, err = run("simple_autoencoder.py", *arguments)
+    assert code == 1
+    assert f"{source / 'text.png'}: not a readable image" in err
+    assert f"{source / 'cut.jpg'}: not a readable image" in err
+    assert err.splitlines()[-1] == f"{target}: 2 of 5 pictures are missing, for the reasons above"
+    assert len(err.splitlines()) == 3
+    assert sorted(path.name for path in target.iterdir()) == ["a ö.png", "b.jpg", "grey.png"]
+    assert iio.imread(target / "a ö.png").shape == (9, 14, 3)
+    assert iio.imread(target / "grey.png").shape == (5, 6)
+    assert f"{target / 'b.jpg'}: 20x30, noise about " in printed
+    before = (target / "b.jpg").read_bytes()
+    (target / "b.jpg").write_bytes(b"mine")
+    picture = ["denoise", source / "b.jpg", "--to", target, *arguments[4:]]
+    code, _, err = run("simple_autoencoder.py", *picture)
+    assert code == 1
+    assert f"{target / 'b.jpg'}: is there already; choose another --to, or --force" in err
+    code, _, err = run("simple_autoencoder.py", *picture, "--force")
+    assert code == 0, err
+    assert (target / "b.jpg").read_bytes() == before
+
+
+def test_denoise_never_overwrites_its_input(trained, tmp_path):
+    path = tmp_path / "a.png"
+    iio.imwrite(path, random_images(8, 8, 3))
+    before = path.read_bytes()
+    arguments = ["denoise", path, "--to", tmp_path, "--force", "--name=simple_photos", "--out", trained[0]]
+    code, _, err = run("simple_autoencoder.py", *arguments)
+    assert code == 1
+    assert f"{path}: is there already; choose another --to\n" in err
+    assert path.read_bytes() == before
+
+
+def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):
+    with pytest.raises(OSError, match="there are no files in it"):
+        simple.sources_and_targets([tmp_path], tmp_path / "out")
+    pictures = [tmp_path / folder / "a.png" for folder in ("first", "second")]
+    with pytest.raises(OSError, match="two of the pictures have this name"):
+        simple.sources_and_targets(pictures, tmp_path / "out")
+    assert simple.sources_and_targets(pictures[:1], tmp_path / "b.jpg") == [(pictures[0], tmp_path / "b.jpg")]
+    assert simple.sources_and_targets(pictures[:1], tmp_path) == [(pictures[0], tmp_path / "a.png")]

@@ -295,6 +295,38 @@ def test_feature_maps_are_streamed_with_their_origin(encoder_run):
         assert origin["sigma"] == 25.0
 
 
+def test_receptive_field_bounds_what_a_pixel_changes():
+    image = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(4, 2, strides=2)(image)
+    x = keras.layers.Conv2D(4, 3, padding="same")(x)
+    x = keras.layers.Conv2D(4, 5, padding="same")(x)
+    model = keras.Model(image, keras.layers.Conv2DTranspose(3, 2, strides=2)(x))
+    images = np.zeros((2, 40, 40, 3), np.float32)
+    images[1, 21, 20] = 1
+    before, after = model.predict(images, verbose=0)
+    changed = np.flatnonzero(np.abs(after - before).max(axis=(1, 2)) > 1e-7)
+    reach = max(21 - changed.min(), changed.max() - 21)
+    assert reach <= util.receptive_field(model) <= reach + 1
+
+
+@pytest.mark.parametrize("tile", [16, 32, 256])
+def test_tiles_make_the_whole_picture(tile):
+    keras.utils.set_random_seed(0)
+    image = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(8, 2, strides=2)(image)
+    for _ in range(3):
+        x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(x)
+    model = keras.Model(image, keras.layers.Conv2DTranspose(3, 2, strides=2)(x))
+    picture = random_images(1, 67, 90, 3)[0]
+    padded = np.pad(picture, ((0, 1), (0, 0), (0, 0)), mode="edge")[None] / np.float32(255)
+    whole = model.predict(padded, verbose=0)[0, :67]
+    covered = np.zeros((67, 90), int)
+    for rows, columns, denoised in util.denoise_tiles(model, picture, tile):
+        np.testing.assert_allclose(denoised, whole[rows, columns], atol=1e-5)
+        covered[rows, columns] += 1
+    assert (covered == 1).all()
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     advance = util.progress(3000, "images")
     for _ in range(3):
