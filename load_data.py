@@ -285,13 +285,10 @@ def read_picture(path):
     Raises:
         OSError: not an image, or one of floating point, whose range is not known.
     """
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise OSError("floating point pixels")
-        if image.mode.startswith("I"):  # 16 bits, which conversion to RGB would clip
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
+    pixels, _, _ = read_pixels(path)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels // 257).astype(np.uint8)
+    return np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
 def read_pixels(path):
@@ -299,21 +296,22 @@ def read_pixels(path):
 
     Returns:
         uint8 or uint16 array, (H, W, 1) of a grey image or (H, W, 3) of a coloured one (palettes and CMYK
-        become RGB), and its alpha (H, W), or None.
+        become RGB); its alpha (H, W), or None; its colour profile (ICC, bytes), or None.
 
     Raises:
         OSError: not an image, one of several frames, or of floating point pixels.
     """
     with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a telephone's JPEG with extras
             raise OSError("an image of several frames")
         if image.mode == "F":
             raise OSError("floating point pixels")
+        profile = image.info.get("icc_profile") if image.mode != "CMYK" else None
         deep = image.format == "PNG" and "16" in str(image.tile[0][3]) and not image.mode.startswith("I")
         if not deep:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                return np.asarray(image).astype(np.uint16)[..., None], None
+                return np.asarray(image).astype(np.uint16)[..., None], None, profile
             transparent = "A" in image.mode or "transparency" in image.info
             grey = image.mode in ("1", "L", "LA")
             mode = ("L" if grey else "RGB") + ("A" if transparent else "")
@@ -322,10 +320,10 @@ def read_pixels(path):
         pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
-    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None
+    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, profile
 
 
-def write_pixels(path, pixels, alpha=None):
+def write_pixels(path, pixels, alpha=None, profile=None):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for; JPEG at quality 95.
 
     Raises:
@@ -343,9 +341,9 @@ def write_pixels(path, pixels, alpha=None):
                 raise OSError(f"{path}: colours of 16 bits are written as .png only; choose that")
             temporary.write_bytes(_tensorflow_io().encode_png(channels).numpy())
         else:
-            Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels).save(
-                temporary, **({"quality": 95} if suffix in (".jpg", ".jpeg") else {})
-            )
+            image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
+            options = {"quality": 95} if suffix in (".jpg", ".jpeg") else {}
+            image.save(temporary, icc_profile=profile, **options)
 
 
 def _tensorflow_io():

@@ -671,11 +671,11 @@ def denoise_file(model, source, target, strength, force):
         raise DataError(f"{target}: is there already; {remedy}")
     started = time.monotonic()
     try:
-        pixels, alpha = read_pixels(source)
+        pixels, alpha, profile = read_pixels(source)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise DataError(f"{source}: not a readable image ({util.first_line(error)})") from None
     denoised, noise = denoise_pixels(model, pixels, strength)
-    write_pixels(target, denoised, alpha)
+    write_pixels(target, denoised, alpha, profile)
     size = f"{pixels.shape[1]}x{pixels.shape[0]}"
     print(f"{target}: {size}, noise about {noise:.1f}, {time.monotonic() - started:.1f} s", flush=True)
 

@@ -10,7 +10,7 @@ from stl10_input import IMAGE_BYTES
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 
 def random_images(*shape, seed=0):
@@ -405,11 +405,13 @@ def test_pixels_are_written_and_read_without_loss(tmp_path, channels, suffix, de
             assert load_data.read_pixels(path)[0].shape == (5, 7, 3)  # WebP loses some
         return
     load_data.write_pixels(path, colours, alpha)
-    read_colours, read_alpha = load_data.read_pixels(path)
+    read_colours, read_alpha, _ = load_data.read_pixels(path)
     assert read_colours.dtype == depth
     np.testing.assert_array_equal(read_colours, colours)
-    np.testing.assert_array_equal(read_alpha, alpha) if alpha is not None else None
-    assert (read_alpha is None) == (alpha is None)
+    if alpha is None:
+        assert read_alpha is None
+    else:
+        np.testing.assert_array_equal(read_alpha, alpha)
 
 
 def test_pixels_are_upright_and_of_a_palette_coloured(tmp_path):
@@ -419,9 +421,16 @@ def test_pixels_are_upright_and_of_a_palette_coloured(tmp_path):
     Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(load_data.read_pixels(tmp_path / "turned.png")[0], np.rot90(rgb, -1))
     Image.fromarray(rgb).quantize(256).save(tmp_path / "palette.png")
-    pixels, alpha = load_data.read_pixels(tmp_path / "palette.png")
+    pixels, alpha, _ = load_data.read_pixels(tmp_path / "palette.png")
     assert pixels.shape == (4, 6, 3)
     assert alpha is None
+
+
+def test_colour_profile_is_kept(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(random_images(8, 8, 3)).save(tmp_path / "a.jpg", icc_profile=profile)
+    load_data.write_pixels(tmp_path / "b.jpg", *load_data.read_pixels(tmp_path / "a.jpg"))
+    assert Image.open(tmp_path / "b.jpg").info["icc_profile"] == profile
 
 
 def test_pixels_that_a_format_cannot_hold_are_refused(tmp_path):

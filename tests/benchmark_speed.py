@@ -1,0 +1,64 @@
+"""Measure how fast the saved models denoise a picture, beside a network of FFDNet's shape.
+
+    python tests/benchmark_speed.py
+
+Prints megapixels per second of the verb `denoise` for every autoencoder in `models/`, and for the colour
+network of Zhang, Zuo, Zhang, "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image Denoising",
+2018: twelve 3x3 convolutions of 96 filters at half resolution, with random weights, in the same framework and
+by the same tiles.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import simple_autoencoder as simple
+import util
+
+import keras
+import numpy as np
+from keras import layers
+
+SIDE = 1536
+ROUNDS = 3
+
+
+def ffdnet(filters=96, convolutions=12):
+    """Network of FFDNet's shape, whose cells of 2x2 pixels have 12 channels and 3 of the noise map."""
+    image = keras.Input((None, None, 3))
+    x = layers.Conv2D(15, 2, strides=2)(image)
+    for _ in range(convolutions - 1):
+        x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
+    x = layers.Conv2D(12, 3, padding="same")(x)
+    return keras.Model(image, layers.Conv2DTranspose(3, 2, strides=2)(x))
+
+
+def main():
+    models = {"FFDNet's shape": ffdnet()}
+    for name in util.saved_runs(util.HERE, "autoencoder"):
+        models[name] = util.load_model(util.HERE, name, "autoencoder")
+    picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    seconds = {label: [] for label in models}
+    for _ in range(1 + ROUNDS):  # the first one compiles; taken in turns, since other work comes and goes
+        for label, model in models.items():
+            started = time.perf_counter()
+            simple.denoise_pixels(model, picture)
+            seconds[label].append(time.perf_counter() - started)
+    speed = {label: SIDE**2 / 1e6 / min(times[1:]) for label, times in seconds.items()}
+    rows = [
+        {
+            "model": label,
+            "million multiply-accumulates, 32x32": util.multiply_accumulates(model, (32, 32, 3)) / 1e6,
+            "megapixels/s": speed[label],
+            "ratio": speed[label] / speed["FFDNet's shape"],
+        }
+        for label, model in models.items()
+    ]
+    print(f"A picture of {SIDE}x{SIDE}, best of {ROUNDS} rounds; {util.environment()['hardware']}")
+    print(util.format_table(rows))
+
+
+if __name__ == "__main__":
+    util.run_script(main)
