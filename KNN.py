@@ -94,6 +94,24 @@ def accuracies(predictions, labels):
     return {kind: 100 * float(np.mean(predicted == labels)) for kind, predicted in predictions.items()}
 
 
+def fit_svm(points, labels, seed):
+    """Fit a linear support vector machine by stochastic gradient descent, in little memory.
+
+    Args:
+        points: float32 array (N, d); standardized in place.
+        labels: N labels.
+        seed: Of the order.
+
+    Returns:
+        Fitted pipeline; its `predict`, too, standardizes in place.
+    """
+    scaler = StandardScaler(copy=False)
+    for start in range(0, len(points), CHUNK):  # all at once, it would take a copy in float64
+        scaler.partial_fit(points[start : start + CHUNK])
+    svm = SGDClassifier(average=True, max_iter=SVM_EPOCHS, tol=None, random_state=seed, n_jobs=-1)
+    return make_pipeline(scaler, svm.fit(scaler.transform(points), labels))
+
+
 def compare(args, data, queries, space_of):
     """Accuracy of k nearest neighbours and of a linear SVM for every space and kind of query.
 
@@ -120,10 +138,7 @@ def compare(args, data, queries, space_of):
         votes = {kind: vote(labels[found[:, :k]], classes) for kind, found in nearest[space].items()}
         described = {"space": space, "dimensions": train.shape[1]}
         rows.append(described | {"method": f"{k}-NN"} | accuracies(votes, truth))
-        svm = make_pipeline(
-            StandardScaler(copy=False),  # the last use of these arrays
-            SGDClassifier(average=True, max_iter=SVM_EPOCHS, tol=None, random_state=args.seed, n_jobs=-1),
-        ).fit(train, labels)
+        svm = fit_svm(train, labels, args.seed)  # changes `train`, which is not needed any more
         predictions = {kind: svm.predict(queried) for kind, queried in points.items()}
         rows.append(described | {"method": "linear SVM"} | accuracies(predictions, truth))
         advance()

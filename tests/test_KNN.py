@@ -2,7 +2,7 @@ import json
 
 import KNN
 import util
-from load_data import load_data
+from load_data import Data, load_data
 
 import numpy as np
 import pytest
@@ -103,3 +103,37 @@ def test_missing_encoder_and_too_many_clusters_are_told(compared):
     code, _, err = run("KNN.py", "--dataset=photos", "--limit=20", "--out", out)
     assert code == 1
     assert err.startswith("photos: its training images are all of one class; raise --limit")
+
+
+def test_unlabelled_images_are_clustered_from_their_file(trained, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    counts = {"train": 60, "validation": 10, "test": 12, "unlabeled": 40}
+    images = {split: rng.integers(0, 256, (count, 24, 24, 3), np.uint8) for split, count in counts.items()}
+    labels = {split: np.arange(count) % 10 for split, count in counts.items()}
+    labels["unlabeled"] = np.full(40, -1)
+    np.save(tmp_path / "unlabeled.npy", images["unlabeled"])
+    images["unlabeled"] = np.load(tmp_path / "unlabeled.npy", mmap_mode="r")
+    data = Data("stl10", images, labels, tuple("abcdefghij"), {})
+    monkeypatch.setattr(KNN, "load_data", lambda *_: data)
+    KNN.main(
+        [
+            "--dataset=stl10",
+            "--encoders",
+            "simple_photos",
+            "--clusters=4",
+            "--name=k",
+            "--out",
+            str(trained[0]),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert sum("no labels" in line for line in printed.splitlines()) == 2
+    assert np.load(trained[0] / "models/kmeans_simple_photos_labels.npy").shape == (40,)
+
+
+def test_svm_separates_what_a_line_separates():
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 2
+    points = (rng.normal(0, 1, (300, 5)) + 50 * labels[:, None] + [1000, 0, 0, 0, 0]).astype(np.float32)
+    svm = KNN.fit_svm(points.copy(), labels, seed=0)
+    assert (svm.predict(points.copy()) == labels).all()
