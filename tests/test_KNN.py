@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import KNN
 import util
@@ -36,8 +37,14 @@ def test_cluster_row_without_labels():
 
 
 @pytest.fixture(scope="module")
-def compared(trained):
-    out, _ = trained
+def encoders(trained, tmp_path_factory):
+    """Output folder with the run simple_photos, of this file's own."""
+    return shutil.copytree(trained[0], tmp_path_factory.mktemp("compared") / "out")
+
+
+@pytest.fixture(scope="module")
+def compared(encoders):
+    out = encoders
     code, printed, err = run("KNN.py", *ARGUMENTS, "--out", out, cwd=out)
     assert code == 0, err
     return out, printed
@@ -105,7 +112,7 @@ def test_missing_encoder_and_too_many_clusters_are_told(compared):
     assert err.startswith("photos: its training images are all of one class; raise --limit")
 
 
-def test_unlabelled_images_are_clustered_from_their_file(trained, tmp_path, monkeypatch, capsys):
+def test_unlabelled_images_are_clustered_from_their_file(encoders, tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     counts = {"train": 60, "validation": 10, "test": 12, "unlabeled": 40}
     images = {split: rng.integers(0, 256, (count, 24, 24, 3), np.uint8) for split, count in counts.items()}
@@ -123,12 +130,12 @@ def test_unlabelled_images_are_clustered_from_their_file(trained, tmp_path, monk
             "--clusters=4",
             "--name=k",
             "--out",
-            str(trained[0]),
+            str(encoders),
         ]
     )
     printed = capsys.readouterr().out
     assert sum("no labels" in line for line in printed.splitlines()) == 2
-    assert np.load(trained[0] / "models/kmeans_simple_photos_labels.npy").shape == (40,)
+    assert np.load(encoders / "models/kmeans_simple_photos_labels.npy").shape == (40,)
 
 
 def test_svm_separates_what_a_line_separates():
