@@ -1,7 +1,7 @@
 """Compare the saved models with classical denoisers: the same noisy arrays, one run, one machine.
 
     pip install -r tests/requirements-benchmark.txt
-    python tests/benchmark_denoisers.py                          # first 60 CIFAR-10 test images, 12 minutes
+    python tests/benchmark_denoisers.py                          # first 60 CIFAR-10 test images, 3 minutes
     python tests/benchmark_denoisers.py --images 1000 --without BM3D
     python tests/benchmark_denoisers.py --dataset my_pictures/   # whole pictures that training leaves out
 
