@@ -14,7 +14,7 @@ is trained on the same spaces. Prints a table of accuracies and writes `figures/
 import argparse
 
 import util
-from load_data import DataError, add_data_options, add_noise, dataset_name, fit_pca, load_data
+from load_data import DataError, add_data_options, add_noise, dataset_name, evenly, fit_pca, load_data
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -217,8 +217,7 @@ def accuracy_figure(rows, kinds, title):
 def neighbours_figure(data, queries, nearest):
     """Queries of the strongest noise, and in each space the training images nearest to the noisy query."""
     noisy, denoised = list(queries)[-2:]
-    shown = np.linspace(0, len(data.images["test"]), SHOWN_QUERIES, endpoint=False).astype(int)
-    shown = np.unique(shown)
+    shown = evenly(len(data.images["test"]), SHOWN_QUERIES)
 
     def names(labels):
         return [data.class_names[label] for label in labels]
@@ -258,12 +257,16 @@ def parse_args(argv=None):
     util.add_run_options(parser)
     parser.add_argument(
         "--encoders",
+        type=util.run_name,
         nargs="+",
         metavar="NAME",
         help="runs (default: simple_DATASET, and stacked_DATASET if there)",
     )
     parser.add_argument(
-        "--denoiser", metavar="NAME", help="run that denoises the queries (default: the last encoder)"
+        "--denoiser",
+        type=util.run_name,
+        metavar="NAME",
+        help="run that denoises the queries (default: the last encoder)",
     )
     parser.add_argument(
         "--sigmas",
