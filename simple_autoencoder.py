@@ -20,6 +20,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import util
@@ -69,6 +70,10 @@ SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
 POSTERIOR_SAMPLES, POSTERIOR_IMAGES = 20, 500
 FEATURE_MAP_TRAIN_IMAGES = 5000
+
+# one's own pictures
+PHOTO_DATASET = "photos432"  # whose model denoises them, where it is saved
+DEVIATION_SCALE = 50  # brightness for a grey level of deviation: white from 5.1 on
 
 
 def residual_blocks(x, filters, count, name):
@@ -287,7 +292,7 @@ def fit(vae, data, args, epochs, stage="", epochs_before=0):
         The metrics, a dict for each epoch.
 
     Raises:
-        util.ModelError: the loss became NaN, or the checkpoint is damaged.
+        util.ModelError: as of `util.fit`.
     """
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
     batches = Batches(whole_cells(data.images[data.denoiser_split], cell), args.batch_size, args.seed)
@@ -295,35 +300,12 @@ def fit(vae, data, args, epochs, stage="", epochs_before=0):
     noisy = validation_noise(clean, args.sigma)
     vae.compile(optimizer=build_optimizer(args.learning_rate, epochs * len(batches)))
     vae(noisy[:1])
-    vae.optimizer.build(vae.trainable_variables)
-    checkpoint = util.Checkpoint(folder / stage, "val_psnr")
-    checkpoint.set_model(vae)
-    epochs_done = checkpoint.restore()
     callbacks = [
         EpochStart(batches, epochs_before),
-        keras.callbacks.TerminateOnNaN(raise_error=True),
-        *util.tensorboard(folder / "tensorboard" / stage),
         Frames(folder / "frames", gif_images(data, cell)[1], epochs_before),
-        checkpoint,
     ]
-    try:
-        vae.fit(
-            batches,
-            epochs=epochs,
-            initial_epoch=epochs_done,
-            validation_data=(noisy, clean.astype(np.float32) / 255),
-            validation_batch_size=250,
-            callbacks=callbacks,
-            shuffle=False,
-            verbose=util.progress_verbosity(),
-        )
-    except (RuntimeError, FloatingPointError) as error:
-        if isinstance(error, RuntimeError) and "NaN or Inf loss" not in str(error):
-            raise
-        remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
-        raise util.ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
-    vae.load_weights(checkpoint.best_path)
-    return checkpoint.rows
+    validation = noisy, clean.astype(np.float32) / 255
+    return util.fit(vae, batches, validation, epochs, folder, "val_psnr", callbacks, stage)
 
 
 def evaluate(denoisers, clean, sigmas=SIGMAS):
@@ -383,7 +365,7 @@ def sweep_figure(models, clean):
         keys = [key for key in table[0] if key.endswith(measure)]
         curves = {key.removesuffix(f" {measure}"): (SWEEP, [row[key] for row in table]) for key in keys}
         panels.append(("sigma", "PSNR in dB" if measure == "PSNR" else measure, curves))
-    return util.curves_figure(panels, f"Mean over {len(clean)} test images")
+    return util.curves_figure(panels, f"Mean over {len(clean)} test images", ticks=SIGMAS)
 
 
 def decoded_samples(decoder, codes, count, seed=TEST_NOISE_SEED):
@@ -401,13 +383,40 @@ def decoded_samples(decoder, codes, count, seed=TEST_NOISE_SEED):
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(count):
-        pairs = zip(codes[::2], codes[1::2], strict=True)
-        z = [
-            mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32)
-            for mean, log_var in pairs
-        ]
-        draws.append(decoder.predict(z if len(z) > 1 else z[0], verbose=0))
+        noise = [rng.standard_normal(mean.shape, np.float32) for mean in codes[::2]]
+        draws.append(decoder.predict(drawn(codes, noise), verbose=0))
     return np.stack(draws)
+
+
+def drawn(codes, noise):
+    """One draw of the posterior, as the decoder takes it.
+
+    Args:
+        codes: [z_mean, z_log_var] of each level, one after another.
+        noise: Standard normal values for each level, like its z_mean in shape.
+    """
+    levels = zip(codes[::2], codes[1::2], noise, strict=True)
+    z = [mean + np.exp(log_var / 2) * values for mean, log_var, values in levels]
+    return z if len(z) > 1 else z[0]
+
+
+def window_sampler(encoder, decoder, count, seed=TEST_NOISE_SEED):
+    """Make the function that `util.denoise_tiles` asks for `count` draws of the posterior.
+
+    What is drawn for a code depends on its place in the picture alone: windows that overlap agree.
+    """
+
+    def decoded_draws(window, top, left):
+        codes = [np.asarray(code) for code in encoder.predict_on_batch(window)]
+        for draw in range(count):
+            noise = []
+            for level, mean in enumerate(codes[::2]):
+                cell = window.shape[1] // mean.shape[1]
+                place = top // cell, left // cell
+                noise.append(util.endless_normal((seed, draw, level), *place, mean.shape[1:]))
+            yield decoder.predict_on_batch(drawn(codes, noise))
+
+    return decoded_draws
 
 
 def posterior_tables(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERIOR_SAMPLES):
@@ -632,59 +641,77 @@ def evaluate_saved(args, labels):
             util.write_record(stage, args.name, record | results)
 
 
-def denoise_pixels(model, pixels, strength=1.0):
+def denoise_pixels(model, pixels, strength=1.0, draws=None):
     """Denoise a picture as it is, without adding noise.
 
     Args:
         model: Saved `autoencoder`.
         pixels: uint8 or uint16 array, (H, W, 3), or (H, W, 1) of a grey picture.
         strength: From 0, the picture itself, to 1, all of the model's result.
+        draws: As of `util.denoise_tiles`: what the mean is taken of, by default the model's one result.
 
     Returns:
-        Array like `pixels`, and the standard deviation of what was removed, on the 0-255 scale.
+        Array like `pixels`; the standard deviation of what was removed; and that of the draws at each pixel,
+        mean over its channels, float16 (H, W, 1), both on the 0-255 scale.
     """
     peak = np.iinfo(pixels.dtype).max
     result = np.empty_like(pixels)
+    deviations = np.empty((*pixels.shape[:2], 1), np.float16)
     tiles = math.prod(math.ceil(side / util.TILE) for side in pixels.shape[:2])
     advance = util.progress(tiles, "tiles") if tiles > 1 else lambda: None
     total = squares = 0.0
-    for rows, columns, denoised in util.denoise_tiles(model, np.repeat(pixels, 3 // pixels.shape[2], axis=2)):
+    for rows, columns, denoised, deviation in util.denoise_tiles(model, pixels, draws=draws):
         before = pixels[rows, columns] / peak
-        if pixels.shape[2] == 1:
-            denoised = denoised.mean(axis=2, keepdims=True)
         after = before + strength * (np.clip(denoised, 0, 1) - before)
         result[rows, columns] = np.round(after * peak)
+        deviations[rows, columns] = 255 * deviation.mean(axis=2, keepdims=True)
         total, squares = total + (before - after).sum(), squares + np.square(before - after).sum()
         advance()
     variance = squares / pixels.size - (total / pixels.size) ** 2
-    return result, 255 * math.sqrt(max(0.0, variance))
+    return result, 255 * math.sqrt(max(0.0, variance)), deviations
 
 
-def denoise_file(model, source, target, strength, force):
-    """Denoise one image file and tell size, estimated noise and time.
+def deviation_path(target):
+    """Where the deviation of the draws is written, beside the denoised picture."""
+    return target.with_name(f"{target.stem}_deviation.png")
+
+
+def denoise_file(source, target, model, args, draws=None):
+    """Denoise one image file and tell size, estimated noise, deviation of the draws and time.
+
+    Args:
+        source, target: Paths.
+        model: Saved `autoencoder`.
+        args: Arguments of the verb `denoise`.
+        draws: As of `util.denoise_tiles`, where draws are asked for.
 
     Raises:
-        OSError: it cannot be read, or the target exists, or cannot be written.
+        OSError: it cannot be read, or a file to be written exists, or cannot be written.
     """
-    if target.exists() and (not force or target.samefile(source)):
-        remedy = "choose another --to" if target.samefile(source) else "choose another --to, or --force"
-        raise DataError(f"{target}: is there already; {remedy}")
+    for path in (target, deviation_path(target)) if draws else (target,):
+        if path.exists() and (not args.force or path.samefile(source)):
+            remedy = "choose another --to" if path.samefile(source) else "choose another --to, or --force"
+            raise DataError(f"{path}: is there already; {remedy}")
     started = time.monotonic()
     try:
-        pixels, alpha, profile = read_pixels(source)
+        pixels, alpha, metadata = read_pixels(source)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise DataError(f"{source}: not a readable image ({util.first_line(error)})") from None
-    denoised, noise = denoise_pixels(model, pixels, strength)
-    write_pixels(target, denoised, alpha, profile)
-    size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-    print(f"{target}: {size}, noise about {noise:.1f}, {time.monotonic() - started:.1f} s", flush=True)
+    denoised, noise, deviations = denoise_pixels(model, pixels, args.strength, draws)
+    write_pixels(target, denoised, alpha, metadata)
+    told = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}, noise about {noise:.1f}"
+    if draws:
+        brightness = np.minimum(np.round(DEVIATION_SCALE * deviations), 255).astype(np.uint8)
+        write_pixels(deviation_path(target), brightness)
+        told += f", mean deviation {deviations.mean(dtype=np.float64):.2f}"
+    print(f"{told}, {time.monotonic() - started:.1f} s", flush=True)
 
 
-def sources_and_targets(pictures, to):
+def sources_and_targets(pictures, to, samples=0):
     """Which files to denoise into which; `to` is a folder, or a file name for a single picture.
 
     Raises:
-        DataError: nothing to denoise, or two files for one target.
+        DataError: nothing to denoise, or two results for one file; with samples, each has a second file.
     """
     sources = []
     for path in pictures:
@@ -697,9 +724,10 @@ def sources_and_targets(pictures, to):
     if len(sources) == 1 and sources == pictures and to.suffix and not to.is_dir():
         return [(sources[0], to)]
     targets = [to / source.name for source in sources]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise DataError(f"{target}: two of the pictures have this name; denoise them one after another")
+    results = Counter(targets + [deviation_path(target) for target in targets if samples])
+    for path, count in results.items():
+        if count > 1:
+            raise DataError(f"{path}: {count} results would have this name; denoise into several folders")
     return list(zip(sources, targets, strict=True))
 
 
@@ -709,12 +737,15 @@ def denoise_pictures(args):
     Raises:
         DataError: some have failed.
     """
-    model = util.load_model(args.out, args.name, "autoencoder")
-    pairs = sources_and_targets(args.pictures, args.to)
+    model, draws = util.load_model(args.out, args.name, "autoencoder"), None
+    if args.samples:
+        parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
+        draws = window_sampler(*parts, args.samples)
+    pairs = sources_and_targets(args.pictures, args.to, args.samples)
     failed = 0
     for source, target in pairs:
         try:
-            denoise_file(model, source, target, args.strength, args.force)
+            denoise_file(source, target, model, args, draws)
         except OSError as error:
             failed += 1
             print(util.error_line(error), file=sys.stderr, flush=True)
@@ -755,7 +786,7 @@ def add_evaluate_options(parser):
     parser.add_argument("--images", type=util.number(int, 1), default=TEST_IMAGES, help="test images to use")
 
 
-def add_denoise_options(parser, default_run):
+def add_denoise_options(parser, kind):
     """Add the options of the verb `denoise`."""
     parser.add_argument(
         "pictures", metavar="IN", type=Path, nargs="+", help="image files, or folders of them"
@@ -763,13 +794,25 @@ def add_denoise_options(parser, default_run):
     parser.add_argument(
         "--to", type=Path, required=True, help="folder to write to, or a file name for a single picture"
     )
-    parser.add_argument("--name", type=util.run_name, default=default_run, help="run whose model denoises")
+    parser.add_argument(
+        "--name",
+        type=util.run_name,
+        help=f"run whose model denoises (default: {kind}_{PHOTO_DATASET} if it is there, else {kind}_cifar10)",
+    )
     parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
     parser.add_argument(
         "--strength",
         type=util.number(float, 0, 1),
         default=1.0,
         help="from 0, the picture itself, to 1, all of the model's result",
+    )
+    parser.add_argument(
+        "--samples",
+        type=util.number(int, 0),
+        default=0,
+        metavar="K",
+        help="take the mean of K draws of the code, and write their standard deviation at each pixel beside "
+        f"it, as NAME_deviation.png of brightness {DEVIATION_SCALE} for a grey level; 0: no draws",
     )
     parser.add_argument("--force", action="store_true", help="replace pictures that are there already")
 
@@ -799,9 +842,12 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         verbs.add_parser("evaluate", help="measure a saved model", formatter_class=show_defaults)
     )
     denoise = verbs.add_parser("denoise", help="denoise your own pictures", formatter_class=show_defaults)
-    add_denoise_options(denoise, f"{kind}_cifar10")
+    add_denoise_options(denoise, kind)
     args = parser.parse_args(argv)
     if args.verb == "denoise":
+        for_photographs = f"{kind}_{PHOTO_DATASET}"
+        there = for_photographs in util.saved_runs(args.out, "autoencoder")
+        args.name = args.name or (for_photographs if there else f"{kind}_cifar10")
         return args
     if args.dataset not in BUILT_IN:
         args.dataset = str(Path(args.dataset).resolve())  # so that --resume finds it from anywhere

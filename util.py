@@ -34,7 +34,7 @@ import keras
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 try:
     import fcntl
@@ -555,7 +555,7 @@ def denoise(model, noisy, batch_size=250):
     return to_uint8(denoised)
 
 
-def denoise_tiles(model, picture, tile=TILE):
+def denoise_tiles(model, picture, tile=TILE, draws=None):
     """Denoise a picture of any size, tile by tile, so that memory is bounded.
 
     Every tile is computed with as much of its surroundings as the model's receptive field reaches: where the
@@ -563,31 +563,62 @@ def denoise_tiles(model, picture, tile=TILE):
 
     Args:
         model: Saved `autoencoder`.
-        picture: uint8 or uint16 array (H, W, 3).
+        picture: uint8 or uint16 array (H, W, 3), or (H, W, 1), whose three channels are then averaged.
         tile: Side of a tile in pixels, a multiple of the model's stride.
+        draws: Function that gives several denoised versions of a window, one after another; by default the
+            model's one. Its arguments: the window, float32 (1, h, w, 3), and its top and left in the picture.
 
     Yields:
-        Slices of rows and of columns, and that tile of the denoised picture, float32 (h, w, 3), nominally in
-        [0, 1].
+        Slices of rows and of columns, and of that tile, float32 and like `picture` in shape, the mean of the
+        versions, nominally in [0, 1], and their standard deviation.
     """
     peak = np.float32(np.iinfo(picture.dtype).max)
     step = stride(model)
     reach = -(-receptive_field(model) // step) * step
-    height, width = picture.shape[:2]
+    height, width, channels = picture.shape
     # the model wants whole cells: repeat the last row and column
     padded = np.pad(picture, ((0, -height % step), (0, -width % step), (0, 0)), mode="edge")
     for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
         first_row, first_column = max(0, top - reach), max(0, left - reach)
         window = padded[first_row : top + tile + reach, first_column : left + tile + reach]
-        denoised = np.asarray(model.predict_on_batch(window[None] / peak))[0]
+        window = np.repeat(window[None] / peak, 3 // channels, axis=3)
         rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
-        yield (
-            rows,
-            columns,
-            denoised[rows.start - first_row : rows.stop - first_row][
-                :, columns.start - first_column : columns.stop - first_column
-            ],
-        )
+        mean = squares = 0
+        versions = draws(window, first_row, first_column) if draws else [model.predict_on_batch(window)]
+        for count, version in enumerate(versions, start=1):
+            version = np.asarray(version)[0, rows.start - first_row : rows.stop - first_row]
+            version = version[:, columns.start - first_column : columns.stop - first_column]
+            if channels == 1:
+                version = version.mean(axis=2, keepdims=True)
+            difference = version - mean
+            mean = mean + difference / count
+            # Welford's sum, since a mean of squares is too coarse in float32
+            squares = squares + difference * (version - mean)
+        yield rows, columns, mean, np.sqrt(squares / count)
+
+
+def endless_normal(key, top, left, shape, block=32):
+    """Cut a part out of an endless grid of standard normal values: the same, whichever parts it is cut into.
+
+    Args:
+        key: Tuple of integers that tells one grid from another.
+        top, left: Where the part begins.
+        shape: (h, w, c) of the part.
+        block: Side of the squares that are drawn as a whole.
+
+    Returns:
+        float32 array (h, w, c).
+    """
+    height, width, channels = shape
+    rows = [
+        [
+            np.random.default_rng((*key, row, column)).standard_normal((block, block, channels), np.float32)
+            for column in range(left // block, -(-(left + width) // block))
+        ]
+        for row in range(top // block, -(-(top + height) // block))
+    ]
+    grid = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+    return grid[top % block :, left % block :][:height, :width]
 
 
 def to_uint8(images):
@@ -703,6 +734,56 @@ def _has_tensorboard():
     return there
 
 
+def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage=""):
+    """Train a compiled model, keeping a checkpoint after every epoch; go on from one that is there.
+
+    Args:
+        model: Built and compiled model; has the best weights afterwards.
+        batches: `load_data.Batches` that feed the training.
+        validation: Inputs and targets that are measured after every epoch.
+        epochs: Passes over the training images, those of the checkpoint included.
+        folder: Working folder of the run, `training_folder`.
+        monitor: Metric of the validation split to be maximized.
+        callbacks: Further callbacks, called before the checkpoint is written.
+        stage: Name of this stage, where a training has several.
+
+    Returns:
+        The metrics, a dict for each epoch.
+
+    Raises:
+        ModelError: the loss became NaN, or the checkpoint is damaged.
+    """
+    model.optimizer.build(model.trainable_variables)
+    checkpoint = Checkpoint(folder / stage, monitor)
+    checkpoint.set_model(model)
+    epochs_done = checkpoint.restore()
+    # the checkpoint comes last, when all else of the epoch is on disk
+    callbacks = [
+        keras.callbacks.TerminateOnNaN(raise_error=True),
+        *tensorboard(folder / "tensorboard" / stage),
+        *callbacks,
+        checkpoint,
+    ]
+    try:
+        model.fit(
+            batches,
+            epochs=epochs,
+            initial_epoch=epochs_done,
+            validation_data=validation,
+            validation_batch_size=250,
+            callbacks=callbacks,
+            shuffle=False,
+            verbose=progress_verbosity(),
+        )
+    except (RuntimeError, FloatingPointError) as error:
+        if isinstance(error, RuntimeError) and "NaN or Inf loss" not in str(error):
+            raise
+        remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
+        raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
+    model.load_weights(checkpoint.best_path)
+    return checkpoint.rows
+
+
 def rows_figure(rows, title="", cell=1.35):
     """Draw rows of images, each with its label at the left and a caption under each image.
 
@@ -736,26 +817,36 @@ def rows_figure(rows, title="", cell=1.35):
     return figure
 
 
-def curves_figure(panels, title=""):
-    """Draw curves in panels side by side.
+def curves_figure(panels, title="", ticks=None):
+    """Draw curves in panels side by side, a label in one colour throughout, with the legend below them.
 
     Args:
         panels: List of (x label, y label, {curve label: (x values, y values)}).
         title: Title of the figure.
+        ticks: x values to mark; by default those of a panel's curves if they are few, else round ones.
 
     Returns:
         `matplotlib.figure.Figure`.
     """
-    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    labels = list(dict.fromkeys(label for _, _, curves in panels for label in curves))
+    columns = min(len(labels), 3 * len(panels))
+    size = 4.6 * len(panels), 3.4 + 0.2 * math.ceil(len(labels) / columns)
+    figure = Figure(figsize=size, layout="constrained")
+    lines = {}
     for axis, (xlabel, ylabel, curves) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         for label, (x, y) in curves.items():
-            axis.plot(x, y, marker="o" if len(x) < 40 else "", markersize=3, label=label)
+            marker, colour = "o" if len(x) < 40 else "", f"C{labels.index(label)}"
+            (lines[label],) = axis.plot(x, y, color=colour, marker=marker, markersize=3)
         axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        values = sorted({value for x, _ in curves.values() for value in x})
+        few = ticks or len(values) <= 8
+        axis.xaxis.set_major_locator(FixedLocator(ticks or values) if few else MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    figure.legend(
+        [lines[label] for label in labels], labels, loc="outside lower center", ncols=columns, fontsize=8
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 
