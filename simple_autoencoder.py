@@ -797,7 +797,7 @@ def add_denoise_options(parser, kind):
     parser.add_argument(
         "--name",
         type=util.run_name,
-        help=f"run whose model denoises (default: {kind}_{PHOTO_DATASET} if it is there, else {kind}_cifar10)",
+        help=f"run whose model denoises (default: {kind}_{PHOTO_DATASET} if saved, else {kind}_cifar10)",
     )
     parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
     parser.add_argument(

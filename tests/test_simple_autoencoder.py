@@ -396,7 +396,7 @@ def identity_model():
 def test_pictures_of_any_size_keep_shape_and_depth(shape):
     for depth in (np.uint8, np.uint16):
         pixels = np.random.default_rng(0).integers(0, np.iinfo(depth).max, shape, depth, endpoint=True)
-        denoised, noise = simple.denoise_pixels(identity_model(), pixels)
+        denoised, noise, _ = simple.denoise_pixels(identity_model(), pixels)
         assert denoised.dtype == depth
         np.testing.assert_allclose(denoised, pixels, atol=1)
         assert noise < 0.01
@@ -405,9 +405,9 @@ def test_pictures_of_any_size_keep_shape_and_depth(shape):
 def test_strength_blends_and_noise_is_what_was_removed():
     model = shaken(identity_model())
     pixels = random_images(20, 22, 3)
-    full, noise = simple.denoise_pixels(model, pixels)
-    half, _ = simple.denoise_pixels(model, pixels, strength=0.5)
-    none, nothing = simple.denoise_pixels(model, pixels, strength=0)
+    full, noise, _ = simple.denoise_pixels(model, pixels)
+    half, _, _ = simple.denoise_pixels(model, pixels, strength=0.5)
+    none, nothing, _ = simple.denoise_pixels(model, pixels, strength=0)
     np.testing.assert_array_equal(none, pixels)
     assert nothing == 0
     np.testing.assert_allclose(half, (full.astype(float) + pixels) / 2, atol=1)
@@ -459,7 +459,7 @@ def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):
     with pytest.raises(OSError, match="there are no files in it"):
         simple.sources_and_targets([tmp_path], tmp_path / "out")
     pictures = [tmp_path / folder / "a.png" for folder in ("first", "second")]
-    with pytest.raises(OSError, match="two of the pictures have this name"):
+    with pytest.raises(OSError, match="2 results would have this name"):
         simple.sources_and_targets(pictures, tmp_path / "out")
     assert simple.sources_and_targets(pictures[:1], tmp_path / "b.jpg") == [(pictures[0], tmp_path / "b.jpg")]
     assert simple.sources_and_targets(pictures[:1], tmp_path) == [(pictures[0], tmp_path / "a.png")]

@@ -322,7 +322,7 @@ def test_tiles_make_the_whole_picture(tile):
     padded = np.pad(picture, ((0, 1), (0, 0), (0, 0)), mode="edge")[None] / np.float32(255)
     whole = model.predict(padded, verbose=0)[0, :67]
     covered = np.zeros((67, 90), int)
-    for rows, columns, denoised in util.denoise_tiles(model, picture, tile):
+    for rows, columns, denoised, _ in util.denoise_tiles(model, picture, tile):
         np.testing.assert_allclose(denoised, whole[rows, columns], atol=1e-5)
         covered[rows, columns] += 1
     assert (covered == 1).all()
