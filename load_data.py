@@ -14,6 +14,7 @@ import hashlib
 import io
 import mmap
 import pickle
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from util import (
 
 import keras
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
@@ -296,7 +297,8 @@ def read_pixels(path):
 
     Returns:
         uint8 or uint16 array, (H, W, 1) of a grey image or (H, W, 3) of a coloured one (palettes and CMYK
-        become RGB); its alpha (H, W), or None; its colour profile (ICC, bytes), or None.
+        become RGB); its alpha (H, W), or None; and a dict with what else is worth keeping, where it has it:
+        `icc_profile`, its colour profile, and `exif`, without the orientation; both bytes.
 
     Raises:
         OSError: not an image, one of several frames, or of floating point pixels.
@@ -306,12 +308,17 @@ def read_pixels(path):
             raise OSError("an image of several frames")
         if image.mode == "F":
             raise OSError("floating point pixels")
-        profile = image.info.get("icc_profile") if image.mode != "CMYK" else None
+        of_cmyk = image.mode == "CMYK"
         deep = image.format == "PNG" and "16" in str(image.tile[0][3]) and not image.mode.startswith("I")
         if not deep:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                return np.asarray(image).astype(np.uint16)[..., None], None, profile
+        image.load()  # which turns a TIFF upright and forgets its orientation
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        image = ImageOps.exif_transpose(image)
+        metadata = {key: image.info[key] for key in ("icc_profile", "exif") if image.info.get(key)}
+        if of_cmyk:
+            metadata.pop("icc_profile", None)
+        if image.mode.startswith("I"):
+            return np.asarray(image).astype(np.uint16)[..., None], None, metadata
             transparent = "A" in image.mode or "transparency" in image.info
             grey = image.mode in ("1", "L", "LA")
             mode = ("L" if grey else "RGB") + ("A" if transparent else "")
@@ -319,11 +326,20 @@ def read_pixels(path):
     if deep:  # colours of 16 bits, which Pillow would cut to 8
         pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
     pixels = pixels.reshape(*pixels.shape[:2], -1)
+        pixels = _upright(pixels, orientation)
     colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
-    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, profile
+    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
 
 
-def write_pixels(path, pixels, alpha=None, profile=None):
+def _upright(pixels, orientation):
+    """Turn and mirror pixels (H, W, C) by their EXIF orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+
+
+def write_pixels(path, pixels, alpha=None, metadata=None):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for; JPEG at quality 95.
 
     Raises:
@@ -339,11 +355,23 @@ def write_pixels(path, pixels, alpha=None, profile=None):
         if pixels.dtype == np.uint16 and channels.shape[2] > 1:
             if suffix != ".png":
                 raise OSError(f"{path}: colours of 16 bits are written as .png only; choose that")
-            temporary.write_bytes(_tensorflow_io().encode_png(channels).numpy())
+            encoded = _tensorflow_io().encode_png(channels).numpy()
+            temporary.write_bytes(_with_metadata(encoded, **(metadata or {})))
         else:
             image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
             options = {"quality": 95} if suffix in (".jpg", ".jpeg") else {}
-            image.save(temporary, icc_profile=profile, **options)
+            image.save(temporary, **options, **(metadata or {}))
+
+
+def _with_metadata(png, icc_profile=None, exif=None):
+    """A PNG file, as bytes, with the chunks that hold the metadata of `read_pixels`."""
+    chunks = io.BytesIO()
+    if icc_profile:
+        PngImagePlugin.putchunk(chunks, b"iCCP", b"ICC Profile\0\0", zlib.compress(icc_profile))
+    if exif:
+        PngImagePlugin.putchunk(chunks, b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    header = 8 + 25  # signature and IHDR, after which they may stand
+    return png[:header] + chunks.getvalue() + png[header:]
 
 
 def _tensorflow_io():
