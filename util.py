@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -405,7 +406,27 @@ def save_model(stage, model, name):
     """Write `models/NAME.json` and `weights/NAME.weights.h5` of a functional model of stock layers."""
     copy = portable_copy(model)
     (stage / "models" / f"{name}.json").write_text(portable_json(copy) + "\n", encoding="utf-8")
-    copy.save_weights(stage / "weights" / f"{name}.weights.h5")
+    write_weights(stage / "weights" / f"{name}.weights.h5", copy)
+
+
+class _Memory(io.BytesIO):
+    """File in memory that Keras takes for one of weights."""
+
+    def __str__(self):
+        return "memory.weights.h5"
+
+
+def write_weights(path, model, history=None):
+    """Write the weights of a model, and with them the history of its training.
+
+    By way of memory: HDF5 crashes the process when it cannot write, as on a full disk.
+    """
+    memory = _Memory()
+    model.save_weights(memory)
+    if history is not None:
+        with h5py.File(memory, "a") as file:
+            file["history"] = json.dumps(history)
+    Path(path).write_bytes(memory.getbuffer())
 
 
 def saved_runs(out, part=None):
@@ -712,12 +733,10 @@ class Checkpoint(keras.callbacks.Callback):
             raise FloatingPointError(f"{self.monitor} is {row[self.monitor]} after epoch {epoch + 1}")
         if self.best is None or row[self.monitor] > self.best[self.monitor]:
             with atomic(self.best_path) as path:
-                self.model.save_weights(path)
+                write_weights(path, self.model)
         self.rows.append(row)
         with atomic(self.path) as path:
-            self.model.save_weights(path)
-            with h5py.File(path, "a") as file:
-                file["history"] = json.dumps(self.rows)
+            write_weights(path, self.model, self.rows)
         write_csv(self.folder / "epochs.csv", self.rows)
 
 
@@ -916,6 +935,39 @@ def pool(maps, side):
     return maps
 
 
+class _Sink(io.FileIO):
+    """File for `h5py` to stream to; `check` and `close` raise what went wrong.
+
+    HDF5 crashes the process when it cannot write, as on a full disk, so it is told that it could.
+    """
+
+    error = None
+
+    def write(self, data):
+        left = memoryview(data).cast("B")
+        try:
+            while left and not self.error:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def truncate(self, size=None):
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+
+    def check(self):
+        error, self.error = self.error, None
+        if error:
+            raise error
+
+    def close(self):
+        super().close()
+        self.check()
+
+
 def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
     """Stream the feature maps (z_mean of the last level) of a saved encoder to an HDF5 file.
 
@@ -928,7 +980,7 @@ def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
         batch_size: Images computed at a time.
     """
     height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
-    with h5py.File(path, "w") as file:
+    with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
         file.attrs.update(origin)
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size, :height, :width]
@@ -941,6 +993,7 @@ def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
                 chunks = (min(rows, len(images)), *maps.shape[1:])
                 features = file.create_dataset("features", shape, np.float16, chunks=chunks, fletcher32=True)
             features[start : start + len(maps)] = maps
+            sink.check()
         file["labels"] = labels
 
 
