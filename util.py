@@ -46,6 +46,11 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
 TILE = 768  # side in pixels: a few hundred megabytes
+REMEDIES = (
+    ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another folder"),
+    ((errno.ENOTDIR, errno.EEXIST), "a file is in the place of a folder: choose another folder"),
+)
 
 
 class ModelError(OSError):
@@ -163,9 +168,9 @@ def run_script(main):
 
 def error_line(error):
     """What an `OSError` tells the user, in one line."""
-    remedy = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
     line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return " ".join(line.split()) + remedy
+    remedies = [remedy for numbers, remedy in REMEDIES if error.errno in numbers]
+    return "; ".join([" ".join(line.split()), *remedies])
 
 
 def _leave(code, line=None):
@@ -178,6 +183,19 @@ def _leave(code, line=None):
 
 
 @contextlib.contextmanager
+def _named(path):
+    """Name `path` in an error of writing that names no file, as libraries raise it on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is not OSError or error.filename or str(path) in str(error):
+            raise
+        if error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise ModelError(f"{path}: cannot be written ({first_line(error)}); is the disk full?") from None
+
+
+@contextlib.contextmanager
 def atomic(path):
     """Give a temporary path in the folder of `path` and rename it to `path` if the block ends well."""
     path = Path(path)
@@ -186,7 +204,8 @@ def atomic(path):
     handle, temporary = tempfile.mkstemp(prefix=".", suffix="".join(path.suffixes), dir=path.parent)
     os.close(handle)
     try:
-        yield Path(temporary)
+        with _named(path):
+            yield Path(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -215,7 +234,8 @@ def staged(out, name):
     for folder in FOLDERS:
         (stage / folder).mkdir(parents=True)
     try:
-        yield stage
+        with _named(out):
+            yield stage
         for path in stage.rglob("*.*"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
