@@ -267,10 +267,11 @@ def locked(out, name):
     """Hold the name of a run, so that no second process trains under it at the same time.
 
     Raises:
-        ModelError: another process holds it.
+        ModelError: another process holds it, or the run could not be written.
     """
     path = Path(out) / "logs" / f".{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(Path(out))
     with open(path, "w") as file:
         if fcntl:
             try:
@@ -280,6 +281,17 @@ def locked(out, name):
                     f"{path}: another run named {name} is going on; choose another --name"
                 ) from None
         yield
+
+
+def _check_writable(out):
+    """Find out before the work, not after it, whether its results can be written."""
+    for folder in FOLDERS:
+        path = out / folder if (out / folder).exists() else out
+        try:
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            remedy = "make it a writable folder, or choose another --out"
+            raise ModelError(f"{path}: cannot be written to ({error.strerror}); {remedy}") from None
 
 
 def training_folder(out, name):
