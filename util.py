@@ -337,13 +337,15 @@ def resumed_arguments(out, name):
     """Arguments of the interrupted run `name`, without those that belong to the command that resumes it.
 
     Raises:
-        ModelError: there is no such run.
+        ModelError: there is no such run, or what it left is damaged.
     """
     path = training_folder(out, name) / "arguments.json"
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))
+        arguments = _read_dict(path)
     except FileNotFoundError:
         raise ModelError(f"{path}: not found, nothing to resume; train without --resume") from None
+    if arguments is None:
+        raise ModelError(f"{path}: damaged; delete {path.parent} and train without --resume")
     return {key: value for key, value in arguments.items() if key not in ("verb", "out", "resume")}
 
 
@@ -351,6 +353,15 @@ def sha256_of(path):
     """SHA-256 of a file as a hexadecimal string."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_dict(path):
+    """Read a JSON file of a dict; None if it is anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def read_record(out, name):
@@ -361,12 +372,11 @@ def read_record(out, name):
     """
     path = Path(out) / "logs" / f"{name}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _read_dict(path)
     except FileNotFoundError:
         return {}
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
+    parts = ("files", "data", "arguments", "evaluation")
+    if record is None or not all(isinstance(record.get(part, {}), dict) for part in parts):
         raise ModelError(f"{path}: damaged run record; delete it, or train {name} again")
     return record
 
