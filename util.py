@@ -153,6 +153,8 @@ def run_script(main):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # closed, as by `>&-`
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold what a terminal may not
     if not hasattr(keras.ops.image, "ssim"):
         sys.exit(f"Keras {keras.__version__} is too old for these scripts; run pip install 'keras>=3.15'")
     try:
@@ -387,7 +389,9 @@ def write_record(stage, name, record):
     checksums = {path.relative_to(stage).as_posix(): sha256_of(path) for path in files}
     record = record | {"files": record.get("files", {}) | checksums}
     text = json.dumps(record, indent=1, default=str, ensure_ascii=False)
-    (stage / "logs" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    # a name of a folder that is no Unicode becomes an escape of JSON
+    path = stage / "logs" / f"{name}.json"
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def portable_arguments(args):
