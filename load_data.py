@@ -233,7 +233,11 @@ def _load_stl10(data_dir, size):
             )
         if name == "unlabeled":
             return images, np.full(len(images), -1)
-        return images, stl10_input.read_labels(files[f"{name}_y"]).astype(np.int64) - 1
+        labels = stl10_input.read_labels(files[f"{name}_y"]).astype(np.int64) - 1
+        if len(labels) != len(images):
+            path = files[f"{name}_y"]
+            raise DataError(f"{path}: {len(labels)} labels of {len(images)} images; delete it and run again")
+        return images, labels
 
     # the 2.76 GB of the unlabelled split were verified when they were extracted
     hashed = [name for name in stl10_input.FILE_MD5 if "unlabeled" not in name]
