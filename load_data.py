@@ -275,8 +275,8 @@ def _cached_resize(images, size, cache):
 def _open_cache(cache, shape, dtype=np.uint8):
     """Map a cache file; `shape` may leave the number of images open with None."""
     try:
-        array = np.load(cache, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(cache, mode="r")
+    except Exception as error:  # a damaged header raises whatever its parsing stumbles over
         raise DataError(f"{cache}: damaged cache ({error}); delete it and run again") from None
     if array.dtype != dtype or array.shape != (shape[0] or len(array), *shape[1:]):
         found = f"{array.dtype} {array.shape}"
