@@ -73,7 +73,8 @@ FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
 PHOTO_DATASET = "photos432"  # whose model denoises them, where it is saved
-DEVIATION_SCALE = 50  # brightness for a grey level of deviation: white from 5.1 on
+SAMPLING_TILE = 512  # smaller than without samples, since codes and draws take memory too
+DEVIATION_SCALE = 100  # brightness for a grey level of deviation: white from 2.55 on
 
 
 def residual_blocks(x, filters, count, name):
@@ -393,7 +394,7 @@ def drawn(codes, noise):
 
     Args:
         codes: [z_mean, z_log_var] of each level, one after another.
-        noise: Standard normal values for each level, like its z_mean in shape.
+        noise: Iterable of standard normal values for each level, like its z_mean in shape.
     """
     levels = zip(codes[::2], codes[1::2], noise, strict=True)
     z = [mean + np.exp(log_var / 2) * values for mean, log_var, values in levels]
@@ -408,12 +409,12 @@ def window_sampler(encoder, decoder, count, seed=TEST_NOISE_SEED):
 
     def decoded_draws(window, top, left):
         codes = [np.asarray(code) for code in encoder.predict_on_batch(window)]
+        grids = [(window.shape[1] // mean.shape[1], mean.shape[1:]) for mean in codes[::2]]
         for draw in range(count):
-            noise = []
-            for level, mean in enumerate(codes[::2]):
-                cell = window.shape[1] // mean.shape[1]
-                place = top // cell, left // cell
-                noise.append(util.endless_normal((seed, draw, level), *place, mean.shape[1:]))
+            noise = (
+                util.endless_normal((seed, draw, level), top // cell, left // cell, shape)
+                for level, (cell, shape) in enumerate(grids)
+            )
             yield decoder.predict_on_batch(drawn(codes, noise))
 
     return decoded_draws
@@ -656,15 +657,17 @@ def denoise_pixels(model, pixels, strength=1.0, draws=None):
     """
     peak = np.iinfo(pixels.dtype).max
     result = np.empty_like(pixels)
-    deviations = np.empty((*pixels.shape[:2], 1), np.float16)
-    tiles = math.prod(math.ceil(side / util.TILE) for side in pixels.shape[:2])
+    deviations = np.zeros((*pixels.shape[:2], 1), np.float16)
+    tile = SAMPLING_TILE if draws else util.TILE
+    tiles = math.prod(math.ceil(side / tile) for side in pixels.shape[:2])
     advance = util.progress(tiles, "tiles") if tiles > 1 else lambda: None
     total = squares = 0.0
-    for rows, columns, denoised, deviation in util.denoise_tiles(model, pixels, draws=draws):
+    for rows, columns, denoised, deviation in util.denoise_tiles(model, pixels, tile, draws):
         before = pixels[rows, columns] / peak
         after = before + strength * (np.clip(denoised, 0, 1) - before)
         result[rows, columns] = np.round(after * peak)
-        deviations[rows, columns] = 255 * deviation.mean(axis=2, keepdims=True)
+        if draws:
+            deviations[rows, columns] = 255 * deviation.mean(axis=2, keepdims=True)
         total, squares = total + (before - after).sum(), squares + np.square(before - after).sum()
         advance()
     variance = squares / pixels.size - (total / pixels.size) ** 2

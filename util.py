@@ -677,14 +677,14 @@ def endless_normal(key, top, left, shape, block=32):
         float32 array (h, w, c).
     """
     height, width, channels = shape
-    rows = [
-        [
-            np.random.default_rng((*key, row, column)).standard_normal((block, block, channels), np.float32)
-            for column in range(left // block, -(-(left + width) // block))
-        ]
-        for row in range(top // block, -(-(top + height) // block))
-    ]
-    grid = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+    rows = range(top // block, -(-(top + height) // block))
+    columns = range(left // block, -(-(left + width) // block))
+    grid = np.empty((len(rows), block, len(columns), block, channels), np.float32)
+    for row, column in itertools.product(rows, columns):
+        square = np.random.default_rng((*key, row, column))
+        square = square.standard_normal((block, block, channels), np.float32)
+        grid[row - rows[0], :, column - columns[0]] = square
+    grid = grid.reshape(len(rows) * block, -1, channels)
     return grid[top % block :, left % block :][:height, :width]
 
 
