@@ -36,7 +36,7 @@ from util import (
 
 import keras
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
@@ -66,6 +66,7 @@ MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder
 WHOLE_PICTURES = 10  # with fewer photographs, each is divided among the splits
 CACHE_VERSION = 1
+JPEG_EXIF = 65_533  # bytes that a JPEG has room for
 
 
 @dataclass
@@ -288,7 +289,7 @@ def read_picture(path):
     """Read an image file of any kind as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
 
     Raises:
-        OSError: not an image, or one of floating point, whose range is not known.
+        OSError: as of `read_pixels`.
     """
     pixels, _, _ = read_pixels(path)
     if pixels.dtype == np.uint16:
@@ -305,37 +306,56 @@ def read_pixels(path):
         `icc_profile`, its colour profile, and `exif`, without the orientation; both bytes.
 
     Raises:
-        OSError: not an image, one of several frames, or of floating point pixels.
+        OSError: not an image, one of several frames, of floating point or 32 bits, or a TIFF whose colours
+            have 16 bits.
     """
     with Image.open(path) as image:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a telephone's JPEG with extras
             raise OSError("an image of several frames")
         if image.mode == "F":
             raise OSError("floating point pixels")
-        of_cmyk = image.mode == "CMYK"
-        deep = image.format == "PNG" and "16" in str(image.tile[0][3]) and not image.mode.startswith("I")
-        if not deep:
+        grey_depth = image.mode.startswith("I")  # more than 8 bits
+        deep = not grey_depth and _bits(image) > 8
+        if deep and image.format != "PNG":
+            raise OSError(f"colours of {_bits(image)} bits are read of PNG only; convert it")
         image.load()  # which turns a TIFF upright and forgets its orientation
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        image = ImageOps.exif_transpose(image)
-        metadata = {key: image.info[key] for key in ("icc_profile", "exif") if image.info.get(key)}
-        if of_cmyk:
-            metadata.pop("icc_profile", None)
-        if image.mode.startswith("I"):
-            return np.asarray(image).astype(np.uint16)[..., None], None, metadata
+        orientation, exif = _orientation_and_exif(image)
+        profile = image.info.get("icc_profile") if image.mode != "CMYK" else None
+        if deep:  # colours of 16 bits, which Pillow would cut to 8
+            pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
+        elif grey_depth:
+            pixels = np.asarray(image)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise OSError("pixels of 32 bits")
+            pixels = pixels.astype(np.uint16)
+        else:
             transparent = "A" in image.mode or "transparency" in image.info
             grey = image.mode in ("1", "L", "LA")
-            mode = ("L" if grey else "RGB") + ("A" if transparent else "")
-            pixels = np.asarray(image.convert(mode))
-    if deep:  # colours of 16 bits, which Pillow would cut to 8
-        pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-        pixels = _upright(pixels, orientation)
+            pixels = np.asarray(image.convert(("L" if grey else "RGB") + ("A" if transparent else "")))
+    pixels = _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
     colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
     return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
+    metadata = {key: value for key, value in (("icc_profile", profile), ("exif", exif)) if value}
 
 
 def _upright(pixels, orientation):
+def _bits(image):
+    """Bits of a channel in the file, where Pillow tells them: of PNG and TIFF; else 8."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+    return 16 if image.format == "PNG" and "16" in str(image.tile[0][3]) else 8
+
+
+def _orientation_and_exif(image):
+    """EXIF of a loaded image: its orientation, 1 where there is none, and the rest as bytes, or None."""
+    try:
+        exif = image.getexif()
+        orientation = exif.pop(ExifTags.Base.Orientation, 1)
+        return orientation, exif.tobytes() if exif and "exif" in image.info else None
+    except Exception:  # damaged in one way or another, which is no reason to do without the picture
+        return 1, None
+
+
     """Turn and mirror pixels (H, W, C) by their EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -349,22 +369,26 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
     Raises:
         OSError: the format cannot hold these channels or this depth; or the disk is full, and so on.
     """
-    suffix = path.suffix.lower()
+    suffix, metadata = path.suffix.lower(), dict(metadata or {})
+    jpeg = suffix in (".jpg", ".jpeg")
+    if Image.registered_extensions().get(suffix) not in Image.SAVE:
+        raise OSError(f"{path}: no format to write has this ending; choose .png")
     if pixels.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise OSError(f"{path}: {suffix} holds no 16 bits; choose .png")
-    if alpha is not None and suffix in (".jpg", ".jpeg"):
+    if alpha is not None and jpeg:
         raise OSError(f"{path}: JPEG holds no transparency; choose .png")
     channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
+    if jpeg and len(metadata.get("exif", b"")) > JPEG_EXIF:
+        del metadata["exif"]
     with atomic(path) as temporary:
         if pixels.dtype == np.uint16 and channels.shape[2] > 1:
             if suffix != ".png":
                 raise OSError(f"{path}: colours of 16 bits are written as .png only; choose that")
             encoded = _tensorflow_io().encode_png(channels).numpy()
-            temporary.write_bytes(_with_metadata(encoded, **(metadata or {})))
+            temporary.write_bytes(_with_metadata(encoded, **metadata))
         else:
             image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
-            options = {"quality": 95} if suffix in (".jpg", ".jpeg") else {}
-            image.save(temporary, **options, **(metadata or {}))
+            image.save(temporary, **({"quality": 95} if jpeg else {}), **metadata)
 
 
 def _with_metadata(png, icc_profile=None, exif=None):
