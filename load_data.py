@@ -147,13 +147,23 @@ def dataset_name(dataset):
     return f"{name}_folder" if name in BUILT_IN else name
 
 
+class _Pickled:
+    """Stands in for a numpy array or data type in a pickle: numpy itself crashes on damaged ones."""
+
+    def __init__(self, *_):
+        self.state = ()
+
+    def __setstate__(self, state):
+        self.state = state
+
+
 class _CifarUnpickler(pickle.Unpickler):
     """Admits what the official CIFAR-10 batches hold, and nothing else."""
 
     ADMITTED = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _Pickled,
+        ("numpy", "ndarray"): _Pickled,
+        ("numpy", "dtype"): _Pickled,
     }
 
     def find_class(self, module, name):
@@ -187,7 +197,8 @@ def read_cifar10_batch(path, md5=None):
         raise DataError(f"{path}: wrong MD5; {remedy}")
     try:
         batch = _CifarUnpickler(io.BytesIO(raw), encoding="latin1").load()
-        images = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        pixels = bytearray(batch["data"].state[-1], "latin1")  # the strings of Python 2 were bytes
+        images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = np.asarray(batch["labels"], np.int64)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(f"{path}: not a CIFAR-10 batch ({error}); {remedy}") from None
