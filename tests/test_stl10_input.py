@@ -1,8 +1,6 @@
 import hashlib
-import http.server
 import io
 import tarfile
-import threading
 
 import stl10_input
 from stl10_input import DataError, download, download_and_extract, extract
@@ -10,6 +8,7 @@ from stl10_input import DataError, download, download_and_extract, extract
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from conftest import CONTENT
 
 
 def test_images_are_read_as_a_loop_over_the_pixels_reads_them(tmp_path):
@@ -75,50 +74,7 @@ def test_saved_images_are_the_images(tmp_path):
     np.testing.assert_array_equal(iio.imread(tmp_path / "truck/00001.png")[..., :3], images[1])
 
 
-CONTENT = np.random.default_rng(0).bytes(3_000_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server():
-    """Local HTTP server; `server.faults` holds what goes wrong in the next answers, one after another."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            fault = self.server.faults.pop(0) if self.server.faults else None
-            first = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            self.server.asked.append(first)
-            if fault == "html":
-                self.answer(200, b"<html>log in first</html>", {"Content-Type": "text/html"})
-            elif isinstance(fault, int):
-                self.send_error(fault)
-            elif fault == "no range" or "Range" not in self.headers:
-                self.answer(200, CONTENT, {}, fault)
-            elif first >= len(CONTENT):
-                self.send_error(416)
-            else:
-                span = f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}"
-                self.answer(206, CONTENT[first:], {"Content-Range": span}, fault)
-
-        def answer(self, status, body, headers, fault=None):
-            self.send_response(status)
-            for key, value in ({"Content-Length": len(body)} | headers).items():
-                self.send_header(key, str(value))
-            self.end_headers()
-            body = b"x" + body[1:] if fault == "wrong" else body
-            body = body[: len(body) // 2] if fault == "drop" else body
-            self.server.sent += len(body)
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.faults, httpd.asked, httpd.sent = [], [], 0
-        httpd.url = f"http://127.0.0.1:{httpd.server_port}/file.tar.gz"
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield httpd
-        httpd.shutdown()
 
 
 def fetch(server, path, **options):
