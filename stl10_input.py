@@ -13,6 +13,7 @@ STL-10: Coates, Lee, Ng, "An Analysis of Single Layer Networks in Unsupervised F
 """
 
 import argparse
+import errno
 import hashlib
 import http.client
 import os
@@ -57,6 +58,7 @@ NETWORK_FAULTS = (
     ConnectionError,
     TimeoutError,
 )
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class DataError(OSError):
@@ -230,12 +232,17 @@ def download_and_extract(data_dir=DATA_DIR, url=DATA_URL, archive_md5=ARCHIVE_MD
     data_dir = Path(data_dir)
     paths = [data_dir / name for name in files]
     if not all(path.exists() for path in paths):
-        if data_dir.exists() and not data_dir.is_dir():
-            raise DataError(
-                f"{data_dir}: is a file, but should be the data folder; choose another --data-dir"
-            )
-        archive = download(url, data_dir / Path(url).name, archive_md5)
-        extract(archive, files, data_dir)
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            told = f"cannot be the data folder ({error.strerror})"
+            raise DataError(f"{data_dir}: {told}; choose another --data-dir") from None
+        try:
+            extract(download(url, data_dir / Path(url).name, archive_md5), files, data_dir)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise DataError(f"{data_dir}: {error.strerror}; free some space and run again") from None
     return paths
 
 
@@ -368,5 +375,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nStopped; run again to go on where it stopped.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
+        os._exit(1)
     except OSError as error:
         sys.exit(str(error))
