@@ -40,8 +40,7 @@ def in_chunks(images, transform, dimensions):
     points = np.empty((len(images), dimensions), np.float32)
     for start in range(0, len(images), CHUNK):
         part = images[start : start + CHUNK]
-        part = part / np.float32(255) if part.dtype == np.uint8 else part
-        points[start : start + CHUNK] = transform(part.reshape(len(part), -1))
+        points[start : start + CHUNK] = transform(util.to_float(part).reshape(len(part), -1))
     return points
 
 

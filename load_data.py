@@ -31,6 +31,7 @@ from util import (
     rows_figure,
     run_script,
     save_figure,
+    to_float,
     to_uint8,
 )
 
@@ -642,14 +643,69 @@ class Batches(keras.utils.PyDataset):
         return len(self.images) // self.batch_size
 
     def __getitem__(self, index):
-        chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
-        batch = self.images[chosen]
-        if self._mapped is not None:
-            _forget_pages(self._mapped)
+        batch = self._take(index)[1]
         mirrored = np.random.default_rng((self.seed, self.epoch, index)).random(len(batch)) < 0.5
         batch[mirrored] = batch[mirrored, :, ::-1]
         clean = np.ascontiguousarray(batch, np.float32) / 255
         return clean, clean
+
+    def _take(self, index):
+        """Which images make a batch, and a copy of them."""
+        chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
+        batch = self.images[chosen]
+        if self._mapped is not None:
+            _forget_pages(self._mapped)
+        return chosen, batch
+
+
+class LabelledBatches(Batches):
+    """Feed a classifier with clean images, shifted, zoomed and mirrored, and with one-hot labels.
+
+    Mirroring alternates: what one epoch mirrors, the next one does not, so that any two epochs show each
+    image both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
+
+    Args:
+        images: uint8 array (N, H, W, 3), or a float array (N, h, w, c) of feature maps, fed as they are.
+        labels: int64 array (N,).
+        classes: Number of classes.
+        batch_size, seed: As of `Batches`.
+    """
+
+    def __init__(self, images, labels, classes, batch_size, seed=0):
+        self.one_hot = np.eye(classes, dtype=np.float32)[labels]
+        self.mirrored_first = np.random.default_rng(seed).random(len(images)) < 0.5
+        super().__init__(images, batch_size, seed)
+
+    def __getitem__(self, index):
+        chosen, batch = self._take(index)
+        if batch.dtype == np.uint8:
+            mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
+            batch[mirrored] = batch[mirrored, :, ::-1]
+            batch = shift_and_zoom(batch, np.random.default_rng((self.seed, self.epoch, index)))
+        return to_float(batch), self.one_hot[chosen]
+
+
+def shift_and_zoom(images, rng):
+    """Shift images by up to a sixteenth of their side, and enlarge half of them by up to a third.
+
+    Args:
+        images: uint8 array (N, side, side, 3).
+        rng: `numpy.random.Generator`.
+
+    Returns:
+        Array like `images`; what a shift uncovers mirrors the image.
+    """
+    side, margin = images.shape[1], images.shape[1] // 16
+    padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
+    shown = np.where(rng.random(len(images)) < 0.5, side, side * rng.uniform(0.75, 1, len(images)))
+    corners = rng.random((len(images), 2)) * (side + 2 * margin - shown)[:, None]
+    # whole pixels where nothing is enlarged: those images stay sharp
+    corners = np.where(shown[:, None] == side, corners.round(), corners)
+    result = np.empty_like(images)
+    for index, (image, (left, top), width) in enumerate(zip(padded, corners, shown, strict=True)):
+        box = (left, top, left + width, top + width)
+        result[index] = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box)
+    return result
 
 
 def _memory_map(array):

@@ -438,7 +438,9 @@ def _portable(config):
 
 def portable_json(model):
     """Architecture of `model` as JSON that every backend and older Keras 3 load: float32, no new keys."""
-    return json.dumps(_portable(json.loads(model.to_json())), indent=1)
+    config = json.loads(model.to_json())
+    config.pop("compile_config", None)  # may name classes of ours
+    return json.dumps(_portable(config), indent=1)
 
 
 def portable_copy(model):
@@ -691,6 +693,11 @@ def endless_normal(key, top, left, shape, block=32):
 def to_uint8(images):
     """Clip images in [0, 1] and round them to uint8."""
     return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+
+def to_float(images):
+    """uint8 images as float32 in [0, 1]; arrays of floats as float32, their values unchanged."""
+    return images / np.float32(255) if images.dtype == np.uint8 else images.astype(np.float32)
 
 
 def psnr(clean, denoised):
@@ -981,6 +988,22 @@ def pool(maps, side):
     return maps
 
 
+def encode(encoder, images, pooling=0):
+    """Feature maps (z_mean of the last level) of a batch of images.
+
+    Args:
+        encoder: Saved `encoder`.
+        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1]; H and W are cut to whole cells.
+        pooling: Side of the grid that the maps are averaged to; 0 leaves them as they are.
+
+    Returns:
+        float32 array (N, h, w, c).
+    """
+    height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
+    maps = encoder.predict_on_batch(to_float(images[:, :height, :width]))[-2]
+    return pool(maps, pooling) if pooling else maps
+
+
 class _Sink(io.FileIO):
     """File for `h5py` to stream to; `check` and `close` raise what went wrong.
 
@@ -1015,24 +1038,20 @@ class _Sink(io.FileIO):
 
 
 def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
-    """Stream the feature maps (z_mean of the last level) of a saved encoder to an HDF5 file.
+    """Stream the feature maps of a saved encoder to an HDF5 file.
 
     Args:
         path: File to write: `features` (N, h, w, c) float16, `labels` (N,) int64, and the attributes.
         encoder: Saved `encoder`.
-        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1]; H and W are cut to whole cells.
+        images: As of `encode`.
         labels: N labels.
         origin: `feature_map_origin` of the images.
         batch_size: Images computed at a time.
     """
-    height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
     with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
         file.attrs.update(origin)
         for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size, :height, :width]
-            batch = batch / np.float32(255) if batch.dtype == np.uint8 else batch
-            maps = encoder.predict_on_batch(batch)[-2]
-            maps = pool(maps, origin["pooling"]) if origin["pooling"] else maps
+            maps = encode(encoder, images[start : start + batch_size], origin["pooling"])
             if not start:
                 shape = (len(images), *maps.shape[1:])
                 rows = max(1, 2**18 // maps[0].size)  # images in a chunk of half a megabyte
