@@ -66,8 +66,8 @@ DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder
 WHOLE_PICTURES = 10  # with fewer photographs, each is divided among the splits
-CACHE_VERSION = 1
 JPEG_EXIF = 65_533  # bytes that a JPEG has room for
+CACHE_VERSION = 1
 
 
 @dataclass
@@ -322,6 +322,7 @@ def read_pixels(path):
             have 16 bits.
     """
     with Image.open(path) as image:
+        image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a telephone's JPEG with extras
             raise OSError("an image of several frames")
         if image.mode == "F":
@@ -346,11 +347,10 @@ def read_pixels(path):
             pixels = np.asarray(image.convert(("L" if grey else "RGB") + ("A" if transparent else "")))
     pixels = _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
     colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
-    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
     metadata = {key: value for key, value in (("icc_profile", profile), ("exif", exif)) if value}
+    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
 
 
-def _upright(pixels, orientation):
 def _bits(image):
     """Bits of a channel in the file, where Pillow tells them: of PNG and TIFF; else 8."""
     if image.format == "TIFF":
@@ -368,6 +368,7 @@ def _orientation_and_exif(image):
         return 1, None
 
 
+def _upright(pixels, orientation):
     """Turn and mirror pixels (H, W, C) by their EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -389,9 +390,9 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
         raise OSError(f"{path}: {suffix} holds no 16 bits; choose .png")
     if alpha is not None and jpeg:
         raise OSError(f"{path}: JPEG holds no transparency; choose .png")
-    channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
     if jpeg and len(metadata.get("exif", b"")) > JPEG_EXIF:
         del metadata["exif"]
+    channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
     with atomic(path) as temporary:
         if pixels.dtype == np.uint16 and channels.shape[2] > 1:
             if suffix != ".png":

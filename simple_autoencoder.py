@@ -19,6 +19,7 @@ import argparse
 import math
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -394,7 +395,7 @@ def drawn(codes, noise):
 
     Args:
         codes: [z_mean, z_log_var] of each level, one after another.
-        noise: Iterable of standard normal values for each level, like its z_mean in shape.
+        noise: Iterable of standard normal values for each level, in the shape of its z_mean or of one image.
     """
     levels = zip(codes[::2], codes[1::2], noise, strict=True)
     z = [mean + np.exp(log_var / 2) * values for mean, log_var, values in levels]
@@ -738,13 +739,19 @@ def denoise_pictures(args):
     """Denoise image files; one that fails is named, and the others go on.
 
     Raises:
-        DataError: some have failed.
+        DataError: some have failed, or none can be written.
     """
+    pairs = sources_and_targets(args.pictures, args.to, args.samples)
+    folder = pairs[0][1].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --to") from None
     model, draws = util.load_model(args.out, args.name, "autoencoder"), None
     if args.samples:
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         draws = window_sampler(*parts, args.samples)
-    pairs = sources_and_targets(args.pictures, args.to, args.samples)
     failed = 0
     for source, target in pairs:
         try:

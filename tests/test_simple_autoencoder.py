@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -372,6 +373,7 @@ def test_resume_with_nothing_to_resume(tmp_path):
         ["--precision", "float16"],
         ["--unknown"],
         ["evaluate", "--images", "0"],
+        ["denoise", "a.png", "--to", "b", "--samples", "-1"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
@@ -453,6 +455,85 @@ def test_denoise_never_overwrites_its_input(trained, tmp_path):
     assert code == 1
     assert f"{path}: is there already; choose another --to\n" in err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (33, 57, 3), (40, 21, 1)])
+def test_samples_of_a_picture_have_the_posteriors_deviation(shape, monkeypatch):
+    encoder, decoder = small_models()  # the identity, and a log-variance of -10 for each of 2x2x3 values
+    model = simple.build_autoencoder(encoder, decoder)
+    sampler = simple.window_sampler(encoder, decoder, 40)
+    expected = 255 * np.exp(-5) / (np.sqrt(3) if shape[2] == 1 else 1)
+    for depth in (np.uint8, np.uint16):
+        pixels = np.full(shape, np.iinfo(depth).max // 2, depth)
+        denoised, _, deviation = simple.denoise_pixels(model, pixels, draws=sampler)
+        assert denoised.dtype == depth
+        assert deviation.shape == (*shape[:2], 1)
+        assert deviation.mean(dtype=float) == pytest.approx(expected, rel=0.4 if shape == (1, 1, 3) else 0.04)
+        away = np.abs(denoised - pixels.astype(float)).max() / np.iinfo(depth).max * 255
+        assert away < 5 * expected / np.sqrt(40) + 1
+        monkeypatch.setattr(simple, "SAMPLING_TILE", 16)
+        again, _, same = simple.denoise_pixels(model, pixels, draws=sampler)
+        monkeypatch.undo()
+        np.testing.assert_allclose(again, denoised, atol=1)
+        np.testing.assert_allclose(same, deviation, rtol=0.01)
+
+
+def test_deviation_is_written_beside_the_picture(trained, tmp_path, capsys):
+    for name in ("a ä.jpg", "b.png"):
+        iio.imwrite(tmp_path / name, random_images(9, 14, 3))
+    arguments = ["denoise", str(tmp_path / "a ä.jpg"), "--name=simple_photos", "--out", str(trained[0])]
+    for target in ("first", "second"):
+        simple.main([*arguments, "--samples=3", "--to", str(tmp_path / target)])
+    told = re.search(
+        r"a ä.jpg: 14x9, noise about \d+\.\d, mean deviation (\d\.\d\d), ", capsys.readouterr().out
+    )
+    written = tmp_path / "first/a ä_deviation.png"
+    assert sorted(path.name for path in written.parent.iterdir()) == ["a ä.jpg", "a ä_deviation.png"]
+    brightness = iio.imread(written)
+    assert brightness.shape == (9, 14)
+    assert brightness.mean() / simple.DEVIATION_SCALE == pytest.approx(float(told[1]), abs=0.01)
+    for name in ("a ä.jpg", "a ä_deviation.png"):  # the same command draws the same
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    (tmp_path / "first/a ä.jpg").unlink()
+    written.write_bytes(b"mine")
+    again = [*arguments, "--samples=3", "--to", str(tmp_path / "first")]
+    with pytest.raises(OSError, match="1 of 1 pictures are missing"):
+        simple.main(again)
+    assert f"{written}: is there already; choose another --to, or --force" in capsys.readouterr().err
+    assert list(written.parent.iterdir()) == [written]
+    assert written.read_bytes() == b"mine"
+    simple.main([*again, "--force"])
+    assert iio.imread(written).shape == (9, 14)
+
+
+def test_deviation_never_overwrites_a_picture_that_was_given(trained, tmp_path):
+    given = tmp_path / "a_deviation.png"
+    iio.imwrite(given, random_images(8, 8, 3))
+    before = given.read_bytes()
+    arguments = ["--samples=2", "--force", "--name=simple_photos", "--out", str(trained[0])]
+    with pytest.raises(OSError, match="1 of 1 pictures are missing"):
+        simple.main(["denoise", str(given), "--to", str(tmp_path / "a.png"), *arguments])
+    assert given.read_bytes() == before
+    pictures = [tmp_path / "in/a.png", given]
+    simple.sources_and_targets(pictures, tmp_path)
+    with pytest.raises(OSError, match="a_deviation.png: 2 results would have this name"):
+        simple.sources_and_targets(pictures, tmp_path, samples=2)
+
+
+def test_model_of_photographs_is_taken_where_it_is_saved(tmp_path):
+    arguments = ["denoise", "a.png", "--to", "b", "--out", str(tmp_path)]
+    assert simple.parse_args(arguments).name == "simple_cifar10"
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/autoencoder_simple_photos432.json").write_text("{}")
+    assert simple.parse_args(arguments).name == "simple_photos432"
+    assert simple.parse_args([*arguments, "--name=mine"]).name == "mine"
+    assert simple.parse_args(arguments, "stacked").name == "stacked_cifar10"
+
+
+def test_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file: cannot be written to .*; choose another --to"):
+        simple.main(["denoise", "a.png", "--to", str(tmp_path / "file"), "--out", str(tmp_path)])
 
 
 def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):

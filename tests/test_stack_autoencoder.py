@@ -54,6 +54,28 @@ def test_codes_of_both_levels_reach_the_decoder_in_their_order():
     assert util.stride(simple.build_autoencoder(encoder, decoder)) == 4
 
 
+def test_pictures_are_sampled_with_the_codes_of_both_levels(monkeypatch):
+    models = [shaken(model) for model in level_one()]
+    encoder = shaken(stack.stack_encoder(models[0], 20, 1, 18))
+    decoder = shaken(stack.stack_decoder(models[1], 20, 1, 18))
+    autoencoder = simple.build_autoencoder(encoder, decoder)
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 57, 3), np.uint8)
+    padded = np.pad(pixels, ((0, 3), (0, 3), (0, 0)), mode="edge")[None] / np.float32(255)
+    codes = encoder.predict(padded, verbose=0)
+    draws = []
+    for draw in range(3):
+        shapes = enumerate([(18, 30, 14), (9, 15, 18)])
+        noise = [util.endless_normal((0, draw, level), 0, 0, shape) for level, shape in shapes]
+        draws.append(decoder.predict(simple.drawn(codes, noise), verbose=0)[0, :33, :57])
+    sampler = simple.window_sampler(encoder, decoder, 3)
+    for tile in (16, 512):
+        monkeypatch.setattr(simple, "SAMPLING_TILE", tile)
+        denoised, _, deviation = simple.denoise_pixels(autoencoder, pixels, draws=sampler)
+        np.testing.assert_allclose(denoised, util.to_uint8(np.mean(draws, axis=0)), atol=1)
+        expected = 255 * np.std(draws, axis=0).mean(axis=2, keepdims=True)
+        np.testing.assert_allclose(deviation, expected, rtol=0.01)
+
+
 def test_arithmetic_stays_within_the_bounds():
     one = simple.build_encoder(), simple.build_decoder()
     simple_count = util.multiply_accumulates(simple.build_autoencoder(*one), (32, 32, 3))

@@ -328,6 +328,32 @@ def test_tiles_make_the_whole_picture(tile):
     assert (covered == 1).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tiles_of_draws_give_their_mean_and_deviation(channels):
+    picture = random_images(1, 37, 50, channels)[0]
+
+    def draws(window, top, left):
+        place = (top, left, (*window.shape[1:3], 3))
+        return [window + 0.01 * util.endless_normal((draw,), *place)[None] for draw in range(5)]
+
+    whole = np.stack([v[0] for v in draws(np.repeat(picture, 3 // channels, axis=2)[None] / 255, 0, 0)])
+    if channels == 1:
+        whole = whole.mean(axis=-1, keepdims=True)
+    for rows, columns, mean, deviation in util.denoise_tiles(small_model(), picture, 16, draws):
+        np.testing.assert_allclose(mean, whole.mean(axis=0)[rows, columns], atol=1e-5)
+        np.testing.assert_allclose(deviation, whole.std(axis=0)[rows, columns], atol=1e-5)
+
+
+def test_normal_values_are_the_same_wherever_they_are_cut_out():
+    whole = util.endless_normal((0, 1), 0, 0, (70, 90, 4))
+    assert whole.dtype == np.float32
+    np.testing.assert_array_equal(util.endless_normal((0, 1), 31, 33, (20, 57, 4)), whole[31:51, 33:90])
+    assert np.abs(util.endless_normal((0, 2), 0, 0, (70, 90, 4)) - whole).min() > 0
+    assert abs(whole.mean()) < 4 / np.sqrt(whole.size)
+    assert abs(whole.std() - 1) < 4 / np.sqrt(2 * whole.size)
+    assert abs(np.corrcoef(whole[:32, :32].ravel(), whole[32:64, 32:64].ravel())[0, 1]) < 0.08
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     advance = util.progress(3000, "images")
     for _ in range(3):
@@ -395,6 +421,26 @@ def test_figures_are_written(tmp_path):
     for number, figure in enumerate(figures):
         util.save_figure(figure, tmp_path / f"{number}.png")
         assert iio.imread(tmp_path / f"{number}.png").std() > 5
+
+
+def test_curves_have_ticks_at_their_values_and_a_legend_beside_them():
+    few, many = (15, 25, 50), tuple(range(100))
+    panels = [
+        ("sigma", "PSNR", {"noisy": (few, few), "a model": (few, few)}),
+        ("x", "y", {"b": (many, many)}),
+    ]
+    figure = util.curves_figure(panels)
+    figure.draw_without_rendering()
+    first, second = figure.axes
+    assert first.get_xticks().tolist() == list(few)
+    assert 3 < len(second.get_xticks()) < 12
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["noisy", "a model", "b"]
+    assert len({line.get_color() for axis in figure.axes for line in axis.lines}) == 3
+    for axis in figure.axes:
+        assert not axis.get_tightbbox().overlaps(legend.get_window_extent())
+    marked = util.curves_figure(panels, ticks=(10, 30)).axes
+    assert [axis.get_xticks().tolist() for axis in marked] == [[10, 30], [10, 30]]
 
 
 def test_table_is_markdown():
