@@ -10,7 +10,7 @@ from stl10_input import IMAGE_BYTES
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 
 
 def random_images(*shape, seed=0):
@@ -426,18 +426,102 @@ def test_pixels_are_upright_and_of_a_palette_coloured(tmp_path):
     assert alpha is None
 
 
-def test_colour_profile_is_kept(tmp_path):
+def turned_exif(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Make] = "a maker"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2020:01:02 03:04:05"
+    return exif
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", " of 16 bits.png", " of 16 bits.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_picture_is_turned_upright_once(tmp_path, suffix, orientation):
+    ramp = np.arange(0, 240, 10, np.uint8).reshape(4, 6)  # which JPEG changes little
+    upright = np.asarray(ImageOps.exif_transpose(_with_exif(Image.fromarray(ramp), orientation)))
+    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    if suffix == " of 16 bits.png":
+        colours = np.repeat(ramp[..., None].astype(np.uint16) * 257, 3, axis=2)
+        load_data.write_pixels(first, colours, None, {"exif": turned_exif(orientation).tobytes()})
+    else:
+        deep = suffix == " of 16 bits.tif"
+        Image.fromarray(ramp.astype(np.uint16) * 257 if deep else ramp).save(
+            first, exif=turned_exif(orientation), quality=100
+        )
+    load_data.write_pixels(second, *load_data.read_pixels(first))
+    for path in (first, second):
+        pixels = load_data.read_pixels(path)[0]
+        assert pixels.dtype == (np.uint16 if "16" in suffix else np.uint8)
+        found = pixels[..., 0] / (257 if "16" in suffix else 1)
+        np.testing.assert_allclose(found, upright, atol=0 if suffix.endswith(("png", "tif")) else 8)
+    with Image.open(second) as image:
+        assert ExifTags.Base.Orientation not in image.getexif()
+
+
+def _with_exif(image, orientation):
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return image
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", " of 16 bits.png"])
+def test_exif_and_colour_profile_are_kept(tmp_path, suffix):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    Image.fromarray(random_images(8, 8, 3)).save(tmp_path / "a.jpg", icc_profile=profile)
-    load_data.write_pixels(tmp_path / "b.jpg", *load_data.read_pixels(tmp_path / "a.jpg"))
-    assert Image.open(tmp_path / "b.jpg").info["icc_profile"] == profile
+    metadata = {"icc_profile": profile, "exif": turned_exif(6).tobytes()}
+    pixels = random_images(8, 8, 3).astype(np.uint16 if "16" in suffix else np.uint8)
+    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    load_data.write_pixels(first, pixels, None, metadata)
+    load_data.write_pixels(second, *load_data.read_pixels(first))
+    with Image.open(second) as image:
+        image.load()
+        assert image.info["icc_profile"] == profile
+        exif = image.getexif()
+        assert exif[ExifTags.Base.Make] == "a maker"
+        date = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
+        assert date == "2020:01:02 03:04:05"
+
+
+def test_damaged_and_overlong_exif_are_left_out(tmp_path):
+    image = Image.fromarray(random_images(8, 8, 3))
+    for suffix in (".png", ".jpg", ".webp"):
+        image.save(tmp_path / f"damaged{suffix}", exif=b"Exif\0\0no TIFF")
+        assert load_data.read_pixels(tmp_path / f"damaged{suffix}")[2] == {}
+    long = turned_exif(1)
+    long[ExifTags.Base.Make] = "a maker" * 10_000
+    image.save(tmp_path / "long.png", exif=long)
+    load_data.write_pixels(tmp_path / "b.jpg", *load_data.read_pixels(tmp_path / "long.png"))
+    with Image.open(tmp_path / "b.jpg") as written:
+        assert not written.getexif()
 
 
 def test_pixels_that_a_format_cannot_hold_are_refused(tmp_path):
     with pytest.raises(OSError, match="JPEG holds no transparency; choose .png"):
         load_data.write_pixels(tmp_path / "a.jpg", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8))
+    for name in ("a.xyz", "a"):
+        with pytest.raises(OSError, match=f"{name}: no format to write has this ending; choose .png"):
+            load_data.write_pixels(tmp_path / name, np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(OSError, match="16 bits are written as .png only"):
         load_data.write_pixels(tmp_path / "a.tif", np.zeros((2, 2, 3), np.uint16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def colours_of_16_bits_tiff(path, pixels):
+    height, width, channels = pixels.shape
+    tags = {256: width, 257: height, 258: (16,) * channels, 259: 1, 262: 2, 277: channels, 278: height}
+    head, end = b"II*\0\x08\0\0\0", 0
+    for _ in range(2):  # once to know where the tags end
+        directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+        directory.update(tags | {273: end, 279: pixels.nbytes})
+        end = len(head) + len(directory.tobytes(len(head)))
+    path.write_bytes(head + directory.tobytes(len(head)) + pixels.astype("<u2").tobytes())
+
+
+def test_pixels_that_would_be_cut_are_refused(tmp_path):
+    colours_of_16_bits_tiff(tmp_path / "a.tif", np.full((4, 5, 3), 1000, np.uint16))
+    with pytest.raises(OSError, match="colours of 16 bits are read of PNG only; convert it"):
+        load_data.read_pixels(tmp_path / "a.tif")
+    Image.fromarray(np.full((4, 5), 70_000, np.int32)).save(tmp_path / "b.tif")
+    with pytest.raises(OSError, match="pixels of 32 bits"):
+        load_data.read_pixels(tmp_path / "b.tif")
     frames = [Image.fromarray(random_images(4, 4, 3, seed=seed)) for seed in range(2)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(OSError, match="several frames"):
