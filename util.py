@@ -29,13 +29,17 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at length
 
-import h5py
-import imageio.v3 as iio
-import keras
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+try:
+    import h5py
+    import imageio.v3 as iio
+    import keras
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+except KeyboardInterrupt:  # these take seconds
+    print("\nStopped.", file=sys.stderr)
+    sys.exit(130)
 
 try:
     import fcntl
