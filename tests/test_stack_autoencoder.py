@@ -167,6 +167,16 @@ def test_evaluate_shows_simple_beside_stacked(stacked):
     assert table_rows(again) == table_rows(printed)
 
 
+def test_picture_is_sampled_from_the_command_line(stacked, tmp_path):
+    iio.imwrite(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8))
+    arguments = [str(tmp_path / "a.png"), "--to", str(tmp_path / "b.png"), "--out", str(stacked[0])]
+    stack.main(["denoise", *arguments, "--samples=2", "--name=stacked_photos"])
+    assert iio.imread(tmp_path / "b.png").shape == (9, 14, 3)
+    assert iio.imread(tmp_path / "b_deviation.png").shape == (9, 14)
+    with pytest.raises(OSError, match="stacked_cifar10.json: not found; there is .*simple_photos"):
+        stack.main(["denoise", *arguments, "--force"])
+
+
 def test_images_that_are_no_whole_cells(tmp_path):
     arguments = [*TINY, "--size=50", "--epochs=1", "--latent-dim=12", f"--out={tmp_path}"]
     simple.main(arguments)
