@@ -45,7 +45,7 @@ WHITENING_EPSILON = 5e-4  # added to the variances, so that the faintest pattern
 FEATURE_SIDE = 8  # grid that feature maps are averaged to
 
 # optimization
-EPOCHS = 30
+EPOCHS = 24
 BATCH_SIZE = 500
 LEARNING_RATE = 1e-2
 WARMUP = 0.2  # share of the steps
@@ -134,21 +134,20 @@ def build_optimizer(learning_rate, steps):
     return ConvolutionMuon(schedule, weight_decay=WEIGHT_DECAY, adam_weight_decay=WEIGHT_DECAY)
 
 
-def train(args, data, inputs, represent):
+def train(args, data, inputs):
     """Train a classifier on the clean training split.
 
     Args:
         args: Arguments of the run.
         data: `load_data.Data`.
         inputs: Training and validation inputs by split.
-        represent: Function of `representation`.
 
     Returns:
         Trained classifier, float32 and uncompiled, and the metrics, a dict for each epoch.
     """
     classes = len(data.class_names)
     batches = LabelledBatches(inputs["train"], data.labels["train"], classes, args.batch_size, args.seed)
-    validation = represent(inputs["validation"]), np.eye(classes)[data.labels["validation"]]
+    validation = util.to_float(inputs["validation"]), np.eye(classes)[data.labels["validation"]]
     model = build_classifier(validation[0].shape[1:], classes)
     if not args.features:
         model.get_layer("whitening").set_weights(whitening(data.sample("train", WHITENED_IMAGES)))
@@ -164,19 +163,11 @@ def train(args, data, inputs, represent):
 
 
 def representation(args):
-    """What the classifier is fed: images, or an encoder's feature maps of them.
-
-    Returns:
-        Function: images (N, H, W, 3), uint8 or float32, or feature maps as they are, to float32 inputs.
-    """
+    """What the classifier is fed: function from images (N, H, W, 3), uint8 or float32, to float32 inputs."""
     if not args.features:
         return util.to_float
     encoder = util.load_model(args.out, args.features, "encoder")
-
-    def represent(images):
-        return util.to_float(images) if images.shape[-1] > 3 else util.encode(encoder, images, FEATURE_SIDE)
-
-    return represent
+    return lambda images: util.encode(encoder, images, FEATURE_SIDE)
 
 
 def training_inputs(args, data):
@@ -314,7 +305,7 @@ def evaluate(stage, args, model, denoisers, data, represent):
         for (sigma, kind), predicted in predictions.items()
         for measured in [accuracy(labels, predicted)]
     ]
-    return {"test_images": count, "evaluation": results}
+    return {"evaluation": {f"{data.name}, {count} images": results}}
 
 
 def load_classifier(args, data):
@@ -344,17 +335,8 @@ def write_run(args, model, rows, denoisers, data, represent):
         util.write_csv(stage / f"logs/{args.name}.csv", rows)
         history = util.history_figure(rows, ("loss", "accuracy"), args.name)
         util.save_figure(history, stage / f"figures/{args.name}_history.png")
-        record = {
-            "name": args.name,
-            "arguments": util.portable_arguments(args),
-            "environment": util.environment(),
-            "data": {"name": data.name, "checksums": data.checksums},
-            "class_names": data.class_names,
-            "training_images": len(data.images["train"]),
-            "training_seconds": round(sum(row["seconds"] for row in rows)),
-            "epochs": len(rows),
-            "best": max(rows, key=lambda row: row["val_accuracy"]),
-        }
+        record = util.describe_run(args, data, rows, "val_accuracy")
+        record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
         results = evaluate(stage, args, model, denoisers, data, represent)
         util.write_record(stage, args.name, record | results)
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")
@@ -433,7 +415,7 @@ def main(argv=None):
         remedy = "raise --limit, or sort the pictures into a subfolder for each class"
         raise DataError(f"{args.dataset}: its training images are all of one class; {remedy}")
     with util.training(__file__, args):
-        model, rows = train(args, data, training_inputs(args, data), represent)
+        model, rows = train(args, data, training_inputs(args, data))
         write_run(args, model, rows, denoisers, data, represent)
 
 

@@ -17,7 +17,6 @@ Kingma, Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 
 import argparse
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -565,21 +564,10 @@ def write_run(args, models, vae, data, rows, record=None):
         clean, noisy = gif_images(data, util.stride(encoder))
         write_gifs(stage, name, folder / "frames", clean, util.to_uint8(noisy))
         write_feature_maps(stage, name, encoder, data)
-        described = {
-            "name": name,
-            "arguments": util.portable_arguments(args),
-            "environment": util.environment(),
-            "data": {"name": data.name, "checksums": data.checksums},
-            "training_images": len(data.images[data.denoiser_split]),
-            "training_seconds": round(sum(row["seconds"] for row in rows)),
-            "epochs": len(rows),
-            "best": max(rows, key=lambda row: row["val_psnr"]),
-        }
+        described = util.describe_run(args, data, rows, "val_psnr")
+        described["training_images"] = len(data.images[data.denoiser_split])
         results = evaluation(models, encoder, decoder, data, TEST_IMAGES)
         util.write_record(stage, name, described | (record or {}) | results)
-    if (folder / "tensorboard").exists():
-        shutil.rmtree(args.out / f"logs/{name}", ignore_errors=True)
-        shutil.move(folder / "tensorboard", args.out / f"logs/{name}")
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
 
 

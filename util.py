@@ -336,6 +336,9 @@ def training(script, args):
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Stopped. Go on with: {shlex.join(command)}") from None
+        if (folder / "tensorboard").exists():
+            shutil.rmtree(out / f"logs/{args.name}", ignore_errors=True)
+            shutil.move(folder / "tensorboard", out / f"logs/{args.name}")
         shutil.rmtree(folder)
 
 
@@ -396,6 +399,26 @@ def write_record(stage, name, record):
     # a name of a folder that is no Unicode becomes an escape of JSON
     path = stage / "logs" / f"{name}.json"
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def describe_run(args, data, rows, monitor):
+    """What the record of every training run tells.
+
+    Args:
+        args: Arguments of the run.
+        data: `load_data.Data`.
+        rows: Metrics of each epoch, as `fit` returns them.
+        monitor: Metric that tells the best epoch.
+    """
+    return {
+        "name": args.name,
+        "arguments": portable_arguments(args),
+        "environment": environment(),
+        "data": {"name": data.name, "checksums": data.checksums},
+        "training_seconds": round(sum(row["seconds"] for row in rows)),
+        "epochs": len(rows),
+        "best": max(rows, key=lambda row: row[monitor]),
+    }
 
 
 def portable_arguments(args):
