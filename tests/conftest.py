@@ -37,6 +37,13 @@ def run(script, *arguments, **options):
     return process.returncode, out, without_greeting(err)
 
 
+def on_numpy(script, *arguments):
+    """Run a script of the tests on Keras's numpy backend, which starts fast and can be forked."""
+    command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
+    environment = os.environ | {"KERAS_BACKEND": "numpy"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def table_rows(printed):
     """The lines of the evaluation tables that a script printed; each begins with sigma."""
     return [line for line in printed.splitlines() if re.match(r"\| +(15|25|35|50|75) \|", line)]

@@ -24,7 +24,7 @@ import imageio.v3 as iio
 import keras
 import numpy as np
 import pytest
-from conftest import CONTENT, ROOT, TINY, start, without_greeting
+from conftest import CONTENT, ROOT, TINY, on_numpy, start, without_greeting
 from test_load_data import cifar_pickle
 from test_stl10_input import archive_of
 
@@ -75,13 +75,6 @@ def largest_file(size):
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def on_numpy(script, *arguments):
-    """Run a script of the tests on Keras's numpy backend, which starts fast and can be forked."""
-    command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
-    environment = os.environ | {"KERAS_BACKEND": "numpy"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_hundred_kills_lose_nothing():

@@ -1,0 +1,287 @@
+"""Feed thousands of damaged and hostile files to all that reads files; tell what is neither read nor refused.
+
+    KERAS_BACKEND=numpy python tests/fuzz_readers.py SEED
+
+Runs in a process of its own, so that a crash is seen, and on Keras's numpy backend, which starts fast. Prints
+how many files of each kind were read and refused. What a reader may raise is DataError, ModelError or another
+OSError; anything else, more than ten seconds of computing for a file, or any attempt of a file to start
+something ends in a traceback that names the case.
+"""
+
+import contextlib
+import io
+import json
+import pickle
+import resource
+import signal
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import load_data
+import stl10_input
+import util
+
+import keras
+import numpy as np
+from PIL import Image
+from test_load_data import cifar_pickle
+
+SECONDS = 10  # of the processor
+STARTS = ("os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen", "socket.connect")
+
+
+class Hung(BaseException):
+    """A reader has taken too long."""
+
+
+def watch(event, arguments):
+    if event in STARTS:
+        raise SystemExit(f"a file made its reader call {event}{arguments}")
+
+
+def mutated(raw, rng):
+    """The bytes with a few flipped bits, with bytes changed, cut out, doubled or put in, or cut short."""
+    raw = bytearray(raw)
+    for _ in range(rng.integers(1, 5)):
+        place = int(rng.integers(0, len(raw) + 1))
+        length = int(rng.integers(1, 9))
+        kind = rng.integers(0, 8)
+        if kind == 0:
+            del raw[place:]
+        elif kind == 1:
+            del raw[place : place + length]
+        elif kind == 2:
+            raw[place:place] = rng.bytes(length)
+        elif kind == 3:
+            raw[place:place] = raw[place : place + length]
+        elif kind == 4:
+            raw[place : place + length] = rng.choice([b"\x00", b"\xff", b"\x7f"]) * length
+        elif place < len(raw):
+            raw[place] ^= 1 << int(rng.integers(0, 8))
+    return bytes(raw)
+
+
+def restructured(raw, rng):
+    """JSON with one of its values changed for something else, or mutated bytes where it is no JSON."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        return mutated(raw, rng)
+    places = []
+
+    def collect(value):
+        if isinstance(value, (dict, list)):
+            for key in value if isinstance(value, dict) else range(len(value)):
+                places.append((value, key))
+                collect(value[key])
+
+    collect(content)
+    if places:
+        holder, key = places[rng.integers(0, len(places))]
+        values = None, True, -1, 0, 3, 1e308, "", "x", [], {}, [1], {"a": 1}, holder[key], [holder[key]]
+        holder[key] = values[rng.integers(0, len(values))]
+    return json.dumps(content).encode()
+
+
+def put(path, raw):
+    """Write a file anew: HDF5 may still hold the one of this name that it has refused."""
+    with util.atomic(path) as temporary:
+        temporary.write_bytes(raw)
+
+
+def stl10_seeds(rng):
+    image = rng.bytes(2 * stl10_input.IMAGE_BYTES)
+    return [(image, stl10_input.read_all_images), (b"\x01\x05\x0a" * 20, stl10_input.read_labels)]
+
+
+class Starts:
+    """Pickles to a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def cifar10_seeds(rng):
+    import os
+    import subprocess
+
+    starts = Starts(os.system, "false"), Starts(subprocess.Popen, ["false"]), Starts(eval, "1/0")
+    hostile = [
+        pickle.dumps({"data": start, "labels": [1]}, protocol) for start in starts for protocol in (0, 2, 4)
+    ]
+    genuine = cifar_pickle(rng.integers(0, 256, (3, 32, 32, 3), np.uint8), [1, 2, 3])
+    return [(raw, load_data.read_cifar10_batch) for raw in hostile + 9 * [genuine]]
+
+
+def small_model():
+    image = keras.Input((None, None, 3))
+    hidden = keras.layers.Dense(4, activation="relu")(image)
+    return keras.Model(image, [keras.layers.Dense(5)(hidden), keras.layers.Dense(5)(hidden)])
+
+
+def hostile_models():
+    """Configurations that ask Keras for more than a model of stock layers."""
+    image = keras.Input((2,))
+    yield keras.Model(image, keras.layers.Lambda(lambda x: x)(image)).to_json()
+    popen = {"module": "subprocess", "class_name": "Popen", "config": {"args": ["false"]}}
+    system = {"module": "builtins", "class_name": "function", "config": "os.system"}
+    for config in (popen, system | {"registered_name": "function"}, {"module": "os", "class_name": "system"}):
+        yield json.dumps(config)
+        yield small_model().to_json().replace('"relu"', json.dumps(config))
+
+
+def model_seeds(out):
+    """A saved model without a record, whose checksums would refuse everything at once; and its files."""
+    with util.staged(out, "run") as stage:
+        util.save_model(stage, small_model(), "encoder_run")
+    architecture, weights = out / "models/encoder_run.json", out / "weights/encoder_run.weights.h5"
+
+    def read(path):
+        target = architecture if path.suffix == ".json" else weights
+        before = target.read_bytes()
+        put(target, path.read_bytes())
+        try:
+            util.load_model(out, "run", "encoder")
+        finally:
+            put(target, before)
+
+    texts = [*9 * [architecture.read_text()], "[]", "[" * 10**5, *hostile_models()]
+    return [(text.encode(), read) for text in texts], [(weights.read_bytes(), read)]
+
+
+def record_seeds(out):
+    content = {"name": "run", "files": {"models/encoder_run.json": "0"}, "data": {}, "arguments": {"size": 1}}
+    (out / "logs/damaged.training").mkdir(parents=True)
+
+    def read_record(path):
+        (out / "logs/damaged.json").write_bytes(path.read_bytes())
+        util.read_record(out, "damaged").get("files", {}).get("x")
+
+    def read_arguments(path):
+        (out / "logs/damaged.training/arguments.json").write_bytes(path.read_bytes())
+        util.resumed_arguments(out, "damaged")
+
+    texts = [json.dumps(content), "{" * 10**5, "null"]
+    return [(text.encode(), read) for text in texts for read in (read_record, read_arguments)]
+
+
+def feature_map_seeds(out):
+    images, path = np.zeros((4, 6, 6, 3), np.uint8), out / "feature_maps/run_test.h5"
+    weights = out / "weights/encoder_run.weights.h5"
+    origin = util.feature_map_origin("run", weights, images, 0)
+    util.feature_maps(out, "run", "test", images, np.arange(4))
+
+    def read(damaged):
+        put(path, damaged.read_bytes())
+        maps = util.feature_maps(out, "run", "test", images, np.arange(4))
+        if maps.shape != (4, 6, 6, 5) or not np.isfinite(maps).all():
+            raise AssertionError("damaged feature maps were taken for good ones")
+        if util._read_feature_maps(path, origin, 4).shape != maps.shape:
+            raise AssertionError("damaged feature maps were kept")
+
+    return [(path.read_bytes(), read)]
+
+
+def checkpoint_seeds(out):
+    checkpoint = util.Checkpoint(out / "logs/run.training", "val_psnr")
+    checkpoint.set_model(small_model())
+    checkpoint.on_epoch_begin(0)
+    checkpoint.on_epoch_end(0, {"val_psnr": 1.0})
+
+    def read(path):
+        damaged = util.Checkpoint(out / "logs/run.training", "val_psnr")
+        damaged.path = path
+        damaged.set_model(small_model())
+        damaged.restore()
+        if damaged.rows and damaged.best["val_psnr"] is None:
+            raise AssertionError("a damaged history was taken for a good one")
+
+    return [(checkpoint.path.read_bytes(), read)]
+
+
+def cache_seeds(rng):
+    file = io.BytesIO()
+    np.save(file, rng.integers(0, 256, (5, 4, 4, 3), np.uint8))
+    archive = io.BytesIO()
+    np.savez(archive, rng.integers(0, 256, (5, 4, 4, 3), np.uint8))
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([Starts(eval, "1/0")], object))
+    raws = file.getvalue(), file.getvalue()[:128], archive.getvalue(), pickled.getvalue()
+    return [(raw, lambda path: load_data._open_cache(path, (None, 4, 4, 3)).sum()) for raw in raws]
+
+
+def picture_seeds(rng):
+    """Pictures, read as those of a folder are: what cannot be read is left out."""
+
+    def read(path):
+        ((picture, _),) = load_data._readable_pictures([path], path.parent, ("none",))
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise AssertionError(f"read as {picture.dtype} {picture.shape}")
+        if not picture.size:
+            raise load_data.DataError("left out")
+
+    pixels = Image.fromarray(rng.integers(0, 256, (12, 17, 3), np.uint8))
+    kinds = {"PNG": pixels, "JPEG": pixels, "TIFF": pixels, "BMP": pixels, "WEBP": pixels, "PPM": pixels}
+    kinds |= {"GIF": pixels.quantize(16), "ICO": pixels, "TGA": pixels}
+    for kind, image in kinds.items():
+        file = io.BytesIO()
+        image.save(file, kind)
+        yield file.getvalue(), read
+
+
+def fuzz(kind, seeds, count, rng, folder):
+    """Read `count` damaged files of a kind, the undamaged ones first."""
+    read = refused = 0
+    seeds = list(seeds)
+    path = folder / f"damaged{'.json' if kind == 'JSON' else '.weights.h5' if 'HDF5' in kind else ''}"
+    for index in range(max(count, len(seeds))):
+        raw, reader = seeds[index % len(seeds)]
+        change = restructured if kind in ("JSON", "records") and index % 3 else mutated
+        put(path, raw if index < len(seeds) else change(raw, rng))
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                reader(path)
+            read += 1
+        except OSError:
+            refused += 1
+        except BaseException as error:
+            error.add_note(f"{kind}, case {index}")
+            raise
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    print(f"{kind}: {read} read, {refused} refused", flush=True)
+
+
+def main(seed):
+    def hung(signum, frame):
+        raise Hung
+
+    signal.signal(signal.SIGPROF, hung)
+    sys.addaudithook(watch)
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary)
+        architectures, weights = model_seeds(out)
+        fuzz("STL-10", stl10_seeds(rng), 1000, rng, out)
+        fuzz("CIFAR-10", cifar10_seeds(rng), 2000, rng, out)
+        fuzz("JSON", architectures, 600, rng, out)
+        fuzz("records", record_seeds(out), 1000, rng, out)
+        fuzz("HDF5 weights", weights, 400, rng, out)
+        fuzz("HDF5 feature maps", feature_map_seeds(out), 300, rng, out)
+        fuzz("HDF5 checkpoint", checkpoint_seeds(out), 300, rng, out)
+        fuzz("caches", cache_seeds(rng), 1000, rng, out)
+        fuzz("pictures", picture_seeds(rng), 2000, rng, out)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
