@@ -29,7 +29,7 @@ LATENT_DIM = 128
 
 # optimization
 GREEDY_EPOCHS = 1
-EPOCHS = 10  # of the joint tuning
+EPOCHS = 14  # of the joint tuning
 LEARNING_RATE = 5e-4  # at 1e-3 the loss became infinite in the second epoch
 KL_WEIGHT = 1e-4  # with 1e-3, 0.3 dB less at sigma 75
 
