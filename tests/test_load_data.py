@@ -4,7 +4,15 @@ import mmap
 import pickle
 
 import load_data
-from load_data import Batches, DataError, add_noise, read_cifar10_batch, read_picture
+from load_data import (
+    Batches,
+    DataError,
+    LabelledBatches,
+    add_noise,
+    read_cifar10_batch,
+    read_picture,
+    shift_and_zoom,
+)
 from stl10_input import IMAGE_BYTES
 
 import imageio.v3 as iio
@@ -526,3 +534,51 @@ def test_pixels_that_would_be_cut_are_refused(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(OSError, match="several frames"):
         load_data.read_pixels(tmp_path / "a.gif")
+
+
+def test_labelled_batches_mirror_each_image_in_every_other_epoch(monkeypatch):
+    monkeypatch.setattr("load_data.shift_and_zoom", lambda images, rng: images)
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    labels = np.arange(20) % 4
+    batches = LabelledBatches(images, labels, 4, 5, seed=1)
+    as_float = images / np.float32(255)
+    mirrored = {}
+    for epoch in (0, 1, 2):
+        batches.go_to(epoch)
+        for index in range(len(batches)):
+            fed, one_hot = batches[index]
+            for image, target in zip(fed, one_hot, strict=True):
+                same = np.flatnonzero((as_float == image).all(axis=(1, 2, 3)))
+                other = np.flatnonzero((as_float[:, :, ::-1] == image).all(axis=(1, 2, 3)))
+                (origin,) = np.union1d(same, other)
+                mirrored.setdefault(origin, []).append(not len(same))
+                assert target.tolist() == np.eye(4)[labels[origin]].tolist()
+    assert len(mirrored) == 20
+    assert all(a != b and a == c for a, b, c in mirrored.values())
+    assert 0 < sum(flips[0] for flips in mirrored.values()) < 20
+
+
+def test_shift_and_zoom_moves_whole_pixels_or_enlarges():
+    # every pixel tells where it is
+    rows, columns = np.mgrid[0:32, 0:32] * 4
+    image = np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+    images = shift_and_zoom(image[None].repeat(200, axis=0), np.random.default_rng(0))
+    assert images.shape == (200, 32, 32, 3)
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    shifts = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(5) for x in range(5)}
+    shifted = [shifts[image.tobytes()] for image in images if image.tobytes() in shifts]
+    assert 70 < len(shifted) < 130
+    assert len(set(shifted)) > 15
+    inside = images[:, 8:24, 8:24, :2].astype(float)
+    slopes = np.gradient(inside[..., 0], axis=1).mean(axis=(1, 2)) / 4
+    enlarged = [s for s, i in zip(slopes, images, strict=True) if i.tobytes() not in shifts]
+    assert 0.74 < min(enlarged) < 0.8
+    assert 0.95 < max(enlarged) < 1.01
+
+
+def test_feature_maps_are_fed_as_they_are():
+    maps = np.random.default_rng(0).normal(size=(6, 4, 4, 5)).astype(np.float16)
+    batches = LabelledBatches(maps, np.zeros(6, int), 2, 6)
+    fed, _ = batches[0]
+    assert fed.dtype == np.float32
+    np.testing.assert_array_equal(fed, maps.astype(np.float32))
