@@ -45,7 +45,7 @@ WHITENING_EPSILON = 5e-4  # added to the variances, so that the faintest pattern
 FEATURE_SIDE = 8  # grid that feature maps are averaged to
 
 # optimization
-EPOCHS = 24
+EPOCHS = 18
 BATCH_SIZE = 500
 LEARNING_RATE = 1e-2
 WARMUP = 0.2  # share of the steps
