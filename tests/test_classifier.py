@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_told(classified, tmp_path):
     weights.write_bytes(whole)
     path = out / "logs/classifier_photos.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": ["ship", "truck"]}))
-    with pytest.raises(util.ModelError, match="its classes are not those of photos; choose another --name"):
+    with pytest.raises(util.ModelError, match="not a classifier of the classes of photos; choose"):
         classifier.main(evaluate)
 
 

@@ -681,7 +681,9 @@ def test_closed_output():
 
 def test_interrupt_amid_the_imports():
     command = [sys.executable, "-X", "importtime", str(ROOT / "KNN.py")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # a background job of a shell ignores Ctrl-C, and so would what it starts
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeds) as process:
         while "keras" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
