@@ -833,6 +833,36 @@ def _has_tensorboard():
     return there
 
 
+class _StopBetweenBatches(keras.callbacks.Callback):
+    """Let Ctrl-C and SIGTERM take effect between two batches: amid one, TensorFlow can abort the process.
+
+    A second one takes effect at once.
+    """
+
+    noted = False
+
+    def __enter__(self):
+        self.previous = {
+            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def note(self, signum, frame):
+        if self.noted:
+            raise KeyboardInterrupt
+        self.noted = True
+
+    def stop(self, *_, **__):
+        if self.noted:
+            raise KeyboardInterrupt
+
+    on_train_batch_end = on_test_batch_end = on_predict_batch_end = on_epoch_end = on_train_end = stop
+
+
 def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage=""):
     """Train a compiled model, keeping a checkpoint after every epoch; go on from one that is there.
 
@@ -864,16 +894,17 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         checkpoint,
     ]
     try:
-        model.fit(
-            batches,
-            epochs=epochs,
-            initial_epoch=epochs_done,
-            validation_data=validation,
-            validation_batch_size=250,
-            callbacks=callbacks,
-            shuffle=False,
-            verbose=progress_verbosity(),
-        )
+        with _StopBetweenBatches() as stop:
+            model.fit(
+                batches,
+                epochs=epochs,
+                initial_epoch=epochs_done,
+                validation_data=validation,
+                validation_batch_size=250,
+                callbacks=[*callbacks, stop],
+                shuffle=False,
+                verbose=progress_verbosity(),
+            )
     except (RuntimeError, FloatingPointError) as error:
         if isinstance(error, RuntimeError) and "NaN or Inf loss" not in str(error):
             raise

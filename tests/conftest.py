@@ -13,6 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# a background job of a shell ignores Ctrl-C, and so would the trainings within the tests
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # what the local server sends
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 
