@@ -14,7 +14,16 @@ is trained on the same spaces. Prints a table of accuracies and writes `figures/
 import argparse
 
 import util
-from load_data import DataError, add_data_options, add_noise, dataset_name, evenly, fit_pca, load_data
+from load_data import (
+    DataError,
+    add_data_options,
+    add_noise,
+    check_classes,
+    dataset_name,
+    evenly,
+    fit_pca,
+    load_data,
+)
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -299,9 +308,7 @@ def main(argv=None):
     count = len(data.images["test"])
     if args.clusters > len(data.images[data.denoiser_split]):
         raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
-    if len(np.unique(data.labels["train"])) < 2:
-        remedy = "raise --limit, or sort the pictures into a subfolder for each class"
-        raise DataError(f"{args.dataset}: its training images are all of one class; {remedy}")
+    check_classes(data, args.dataset)
     with util.locked(args.out, args.name), util.staged(args.out, args.name) as stage:
         space_of = spaces(args, data)
         queries = query_images(data.images["test"], args.sigmas, denoiser)

@@ -17,20 +17,16 @@ The network is that of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"
 behind a fixed whitening of 2x2 patches.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
 import util
 from load_data import (
-    BUILT_IN,
     SIGMAS,
-    DataError,
     LabelledBatches,
     add_data_options,
     add_noise,
+    check_classes,
     dataset_name,
     load_data,
+    settle_data_options,
 )
 
 import keras
@@ -69,10 +65,10 @@ def whitening(images):
     Returns:
         float32 arrays (2, 2, 3, 24) and (24,).
     """
-    cells = images[:, : images.shape[1] // 2 * 2, : images.shape[2] // 2 * 2].astype(np.float32) / 255
+    cells = images[:, : images.shape[1] // 2 * 2, : images.shape[2] // 2 * 2]
     count, height, width, _ = cells.shape
     cells = cells.reshape(count, height // 2, 2, width // 2, 2, 3).transpose(0, 1, 3, 2, 4, 5)
-    patches = cells.reshape(-1, 12)
+    patches = util.to_float(cells.reshape(-1, 12))
     variances, components = np.linalg.eigh(np.cov(patches, rowvar=False))
     kernel = components / np.sqrt(variances + WHITENING_EPSILON)
     kernel = np.concatenate([kernel, -kernel], axis=1)
@@ -232,17 +228,17 @@ def accuracy(labels, predicted):
     return tuple(100 * float(share) for share in (right / len(labels), interval.low, interval.high))
 
 
-def accuracy_rows(labels, predictions):
-    """Rows of the table: for each sigma the accuracy of each kind, with its interval."""
-    rows = []
-    for sigma in SIGMAS:
-        row = {"sigma": sigma}
-        for (other, kind), predicted in predictions.items():
-            if other == sigma:
-                share, low, high = accuracy(labels, predicted)
-                row[kind] = f"{share:.2f} ({low:.2f}-{high:.2f})"
-        rows.append(row)
-    return rows
+def accuracy_rows(measured):
+    """Rows of the table: for each sigma the accuracy of each kind, with its interval.
+
+    Args:
+        measured: Dict by (sigma, kind), as of `predict_all`, of what `accuracy` returns.
+    """
+    rows = {sigma: {"sigma": sigma} for sigma in SIGMAS}
+    for (sigma, kind), (share, low, high) in measured.items():
+        if sigma:
+            rows[sigma][kind] = f"{share:.2f} ({low:.2f}-{high:.2f})"
+    return list(rows.values())
 
 
 def confused_pairs(labels, predicted, class_names):
@@ -266,13 +262,11 @@ def confusion_figure(labels, predicted, class_names, title):
     return figure
 
 
-def sigma_figure(labels, predictions, title):
-    """Accuracy against sigma, a curve for each kind of image."""
-    curves = {}
-    for kind in dict.fromkeys(kind for _, kind in predictions):
-        sigmas = SIGMAS if kind != "clean" else (SIGMAS[0], SIGMAS[-1])
-        values = [accuracy(labels, predictions[0 if kind == "clean" else sigma, kind])[0] for sigma in sigmas]
-        curves[kind] = sigmas, values
+def sigma_figure(measured, title):
+    """Accuracy against sigma, a curve for each kind of image; `measured` as of `accuracy_rows`."""
+    curves = {"clean": ((SIGMAS[0], SIGMAS[-1]), 2 * [measured[0, "clean"][0]])}
+    for kind in dict.fromkeys(kind for sigma, kind in measured if sigma):
+        curves[kind] = SIGMAS, [measured[sigma, kind][0] for sigma in SIGMAS]
     return util.curves_figure([("sigma", "accuracy in %", curves)], title)
 
 
@@ -284,14 +278,15 @@ def evaluate(stage, args, model, denoisers, data, represent):
     """
     labels, count = data.labels["test"], len(data.labels["test"])
     predictions = predict_all(model, data.sample("test", count), denoisers, represent)
-    share, low, high = accuracy(labels, predictions[0, "clean"])
+    measured = {key: accuracy(labels, predicted) for key, predicted in predictions.items()}
+    share, low, high = measured[0, "clean"]
     print(f"Accuracy in % on the {count:,} test images of {data.name}, with 95 % intervals:")
     print(f"clean: {share:.2f} ({low:.2f}-{high:.2f})")
-    print(util.format_table(accuracy_rows(labels, predictions)))
+    print(util.format_table(accuracy_rows(measured)))
     shown = {"clean": (0, "clean"), "noisy": (SHOWN_SIGMA, "noisy")}
     if denoisers:
         shown["denoised"] = SHOWN_SIGMA, list(denoisers)[-1]
-    figures = {"sigma": sigma_figure(labels, predictions, f"{args.name}, {count:,} test images")}
+    figures = {"sigma": sigma_figure(measured, f"{args.name}, {count:,} test images")}
     for kind, (sigma, source) in shown.items():
         predicted = predictions[sigma, source]
         pairs = confused_pairs(labels, predicted, data.class_names)
@@ -303,9 +298,8 @@ def evaluate(stage, args, model, denoisers, data, represent):
     for kind, figure in figures.items():
         util.save_figure(figure, stage / f"figures/{args.name}_{kind}.png")
     results = [
-        {"sigma": sigma, "images": kind} | dict(zip(("accuracy", "low", "high"), measured, strict=True))
-        for (sigma, kind), predicted in predictions.items()
-        for measured in [accuracy(labels, predicted)]
+        {"sigma": sigma, "images": kind, "accuracy": share, "low": low, "high": high}
+        for (sigma, kind), (share, low, high) in measured.items()
     ]
     return {"evaluation": {f"{data.name}, {count} images": results}}
 
@@ -356,26 +350,17 @@ def evaluate_saved(args, data, denoisers, represent):
 
 
 def parse_args(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in ("train", "evaluate", "-h", "--help"):
-        argv.insert(0, "train")
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Without a verb, train is meant; its options: train --help",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    train = verbs.add_parser("train", help="train a classifier and measure it", formatter_class=show_defaults)
+    argv, parser, add_verb = util.verb_parser(argv, ("train", "evaluate"), __doc__)
+    train = add_verb("train", help="train a classifier and measure it")
     add_data_options(train)
     util.add_training_options(train, EPOCHS, BATCH_SIZE)
     train.add_argument(
         "--learning-rate", type=util.number(float, 0), default=LEARNING_RATE, help="highest learning rate"
     )
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    again = verbs.add_parser("evaluate", help="measure a saved classifier", formatter_class=show_defaults)
+    again = add_verb("evaluate", help="measure a saved classifier")
     add_data_options(again)
-    again.add_argument("--name", type=util.run_name, help="run to evaluate (default: by the data set)")
-    again.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
+    util.add_saved_run_options(again)
     for verb in (train, again):
         verb.add_argument(
             "--denoisers",
@@ -391,9 +376,7 @@ def parse_args(argv=None):
             help="run whose encoder's feature maps are classified instead of images",
         )
     args = parser.parse_args(argv)
-    if args.dataset not in BUILT_IN:
-        args.dataset = str(Path(args.dataset).resolve())  # so that --resume finds it from anywhere
-    args.data_dir = str(Path(args.data_dir).resolve())
+    settle_data_options(args)
     if not args.name:
         parts = ["classifier", dataset_name(args.dataset), args.features]
         args.name = "_".join(part for part in parts if part)
@@ -413,9 +396,7 @@ def main(argv=None):
     if args.verb == "evaluate":
         evaluate_saved(args, data, denoisers, represent)
         return
-    if len(np.unique(data.labels["train"])) < 2:
-        remedy = "raise --limit, or sort the pictures into a subfolder for each class"
-        raise DataError(f"{args.dataset}: its training images are all of one class; {remedy}")
+    check_classes(data, args.dataset)
     with util.training(__file__, args):
         model, rows = train(args, data, training_inputs(args, data))
         write_run(args, model, rows, denoisers, data, represent)

@@ -140,6 +140,17 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
     return data
 
 
+def check_classes(data, dataset):
+    """Check that there is something to tell apart.
+
+    Raises:
+        DataError: the training images are all of one class.
+    """
+    if len(np.unique(data.labels["train"])) < 2:
+        remedy = "raise --limit, or sort the pictures into a subfolder for each class"
+        raise DataError(f"{dataset}: its training images are all of one class; {remedy}")
+
+
 def dataset_name(dataset):
     """Name of a data set in the names of runs; that of a folder is its last part."""
     if dataset in BUILT_IN:
@@ -647,7 +658,7 @@ class Batches(keras.utils.PyDataset):
         batch = self._take(index)[1]
         mirrored = np.random.default_rng((self.seed, self.epoch, index)).random(len(batch)) < 0.5
         batch[mirrored] = batch[mirrored, :, ::-1]
-        clean = np.ascontiguousarray(batch, np.float32) / 255
+        clean = to_float(batch)
         return clean, clean
 
     def _take(self, index):
@@ -738,6 +749,13 @@ def add_data_options(parser):
         default=None,
         help=f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})",
     )
+
+
+def settle_data_options(args):
+    """Make the paths of data absolute, so that --resume finds them from anywhere."""
+    if args.dataset not in BUILT_IN:
+        args.dataset = str(Path(args.dataset).resolve())
+    args.data_dir = str(Path(args.data_dir).resolve())
 
 
 def parse_args(argv=None):

@@ -15,17 +15,14 @@ The encoder maps the noisy image to mean and log-variance of a Gaussian code z o
 Kingma, Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 """
 
-import argparse
 import math
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import util
 from load_data import (
-    BUILT_IN,
     SIGMAS,
     TEST_NOISE_SEED,
     Batches,
@@ -36,6 +33,7 @@ from load_data import (
     evenly,
     load_data,
     read_pixels,
+    settle_data_options,
     write_pixels,
 )
 
@@ -305,7 +303,7 @@ def fit(vae, data, args, epochs, stage="", epochs_before=0):
         EpochStart(batches, epochs_before),
         Frames(folder / "frames", gif_images(data, cell)[1], epochs_before),
     ]
-    validation = noisy, clean.astype(np.float32) / 255
+    validation = noisy, util.to_float(clean)
     return util.fit(vae, batches, validation, epochs, folder, "val_psnr", callbacks, stage)
 
 
@@ -486,7 +484,7 @@ def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERI
 def feature_figure(encoder, clean):
     """The channels of each level's z_mean of one image (1, H, W, 3), each scaled to its own range."""
     rows = []
-    for level, means in enumerate(encoder.predict(clean.astype(np.float32) / 255, verbose=0)[::2], start=1):
+    for level, means in enumerate(encoder.predict(util.to_float(clean), verbose=0)[::2], start=1):
         maps = means[0].transpose(2, 0, 1)
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         maps = (maps - low) / np.maximum(high - low, 1e-6)
@@ -727,15 +725,12 @@ def denoise_pictures(args):
     """Denoise image files; one that fails is named, and the others go on.
 
     Raises:
-        DataError: some have failed, or none can be written.
+        DataError: some have failed.
+        util.ModelError: no such model, or the folder to write to cannot be written to.
     """
     pairs = sources_and_targets(args.pictures, args.to, args.samples)
     folder = pairs[0][1].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another --to") from None
+    util.check_writable(folder, "choose another --to")
     model, draws = util.load_model(args.out, args.name, "autoencoder"), None
     if args.samples:
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
@@ -779,8 +774,7 @@ def add_train_options(parser):
 def add_evaluate_options(parser):
     """Add the options of the verb `evaluate`."""
     add_data_options(parser)
-    parser.add_argument("--name", type=util.run_name, help="run to evaluate (default: by the data set)")
-    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
+    util.add_saved_run_options(parser)
     parser.add_argument("--images", type=util.number(int, 1), default=TEST_IMAGES, help="test images to use")
 
 
@@ -824,32 +818,19 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         description: Docstring of the script.
         add_own_options: Function that adds to the parser of the verb `train`, or changes its defaults.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in ("train", "evaluate", "denoise", "-h", "--help"):
-        argv.insert(0, "train")
-    parser = argparse.ArgumentParser(
-        description=description.splitlines()[0],
-        epilog="Without a verb, train is meant; its options: train --help",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    train = verbs.add_parser("train", help="train a model and save it", formatter_class=show_defaults)
+    argv, parser, add_verb = util.verb_parser(argv, ("train", "evaluate", "denoise"), description)
+    train = add_verb("train", help="train a model and save it")
     add_train_options(train)
     add_own_options(train)
-    add_evaluate_options(
-        verbs.add_parser("evaluate", help="measure a saved model", formatter_class=show_defaults)
-    )
-    denoise = verbs.add_parser("denoise", help="denoise your own pictures", formatter_class=show_defaults)
-    add_denoise_options(denoise, kind)
+    add_evaluate_options(add_verb("evaluate", help="measure a saved model"))
+    add_denoise_options(add_verb("denoise", help="denoise your own pictures"), kind)
     args = parser.parse_args(argv)
     if args.verb == "denoise":
         for_photographs = f"{kind}_{PHOTO_DATASET}"
         there = for_photographs in util.saved_runs(args.out, "autoencoder")
         args.name = args.name or (for_photographs if there else f"{kind}_cifar10")
         return args
-    if args.dataset not in BUILT_IN:
-        args.dataset = str(Path(args.dataset).resolve())  # so that --resume finds it from anywhere
-    args.data_dir = str(Path(args.data_dir).resolve())
+    settle_data_options(args)
     args.name = args.name or f"{kind}_{dataset_name(args.dataset)}"
     if args.verb == "train":
         if args.resume:  # what is not given now is as it was given then

@@ -92,6 +92,35 @@ def add_training_options(parser, epochs, batch_size):
     )
 
 
+def add_saved_run_options(parser):
+    """Add the options that say which saved run a verb works on."""
+    parser.add_argument("--name", type=run_name, help="run to evaluate (default: by the data set)")
+    parser.add_argument("--out", type=Path, default=HERE, help="where models/, weights/ and logs/ are")
+
+
+def verb_parser(argv, verbs, description):
+    """Parser of a script that knows verbs, of which `train` is meant where none is given.
+
+    Args:
+        argv: Arguments, by default those of the process.
+        verbs: Names of the verbs.
+        description: Docstring of the script.
+
+    Returns:
+        Arguments that begin with a verb, the parser, and what adds the verbs' parsers: a function of name and
+        help.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in (*verbs, "-h", "--help"):
+        argv.insert(0, "train")
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        epilog="Without a verb, train is meant; its options: train --help",
+    )
+    add_parser = parser.add_subparsers(dest="verb", required=True).add_parser
+    return argv, parser, functools.partial(add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
 def number(kind, low, high=math.inf):
     """Parser of a command-line number, int or float, from `low` to `high`; refuses NaN."""
 
@@ -277,7 +306,11 @@ def locked(out, name):
     """
     path = Path(out) / "logs" / f".{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_writable(Path(out))
+    for folder in FOLDERS:
+        made = Path(out) / folder
+        check_writable(
+            made if made.exists() else Path(out), "make it a writable folder, or choose another --out"
+        )
     with open(path, "w") as file:
         if fcntl:
             try:
@@ -289,15 +322,18 @@ def locked(out, name):
         yield
 
 
-def _check_writable(out):
-    """Find out before the work, not after it, whether its results can be written."""
-    for folder in FOLDERS:
-        path = out / folder if (out / folder).exists() else out
-        try:
-            tempfile.TemporaryFile(dir=path).close()
-        except OSError as error:
-            remedy = "make it a writable folder, or choose another --out"
-            raise ModelError(f"{path}: cannot be written to ({error.strerror}); {remedy}") from None
+def check_writable(folder, remedy):
+    """Find out before the work, not after it, whether its results can be written; make the folder if missing.
+
+    Raises:
+        ModelError: they cannot; tells `remedy`.
+    """
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be written to ({error.strerror}); {remedy}") from None
 
 
 def training_folder(out, name):

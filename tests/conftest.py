@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# a background job of a shell ignores Ctrl-C, and so would the trainings within the tests
+# a background job of a shell ignores Ctrl-C, and so would the trainings within the tests and what they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # what the local server sends
@@ -27,10 +27,7 @@ def start(script, *arguments, **options):
     """Start one of the scripts as a user would, from another folder than its own."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # a background job of a shell ignores Ctrl-C, and so would what it starts
-    return subprocess.Popen(
-        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes, **options
-    )
+    return subprocess.Popen(command, **pipes, **options)
 
 
 def run(script, *arguments, **options):

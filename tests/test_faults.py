@@ -681,9 +681,7 @@ def test_closed_output():
 
 def test_interrupt_amid_the_imports():
     command = [sys.executable, "-X", "importtime", str(ROOT / "KNN.py")]
-    # a background job of a shell ignores Ctrl-C, and so would what it starts
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeds) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while "keras" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
