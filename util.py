@@ -49,6 +49,7 @@ except ImportError:  # Windows: no advisory locks, so two runs of one name are n
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
+HALF_MAX = float(np.finfo(np.float16).max)
 TILE = 768  # side in pixels: a few hundred megabytes
 REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
@@ -507,17 +508,32 @@ def portable_json(model):
 
 
 def portable_copy(model):
-    """Uncompiled float32 copy of a functional model of stock layers, with the same weights."""
+    """Uncompiled float32 copy of a functional model of stock layers, its weights rounded to what is saved."""
     copy = keras.models.model_from_json(portable_json(model))
-    copy.set_weights(model.get_weights())
+    copy.set_weights([_halved(weight) for weight in model.get_weights()])
     return copy
+
+
+def _halved(weight):
+    """A weight as float16, unless that cannot hold it: half the file, for rounding that shows nowhere."""
+    return weight.astype(np.float16 if np.abs(weight).max(initial=0) < HALF_MAX else np.float32)
 
 
 def save_model(stage, model, name):
     """Write `models/NAME.json` and `weights/NAME.weights.h5` of a functional model of stock layers."""
     copy = portable_copy(model)
     (stage / "models" / f"{name}.json").write_text(portable_json(copy) + "\n", encoding="utf-8")
-    write_weights(stage / "weights" / f"{name}.weights.h5", copy)
+    memory = io.BytesIO()
+    with h5py.File(_in_memory(copy)) as full, h5py.File(memory, "w") as halved:
+
+        def add(path, item):
+            if isinstance(item, h5py.Dataset):
+                halved[path] = _halved(item[()])
+            else:
+                halved.require_group(path).attrs.update(item.attrs)
+
+        full.visititems(add)
+    (stage / "weights" / f"{name}.weights.h5").write_bytes(memory.getbuffer())
 
 
 class _Memory(io.BytesIO):
@@ -527,13 +543,16 @@ class _Memory(io.BytesIO):
         return "memory.weights.h5"
 
 
-def write_weights(path, model, history=None):
-    """Write the weights of a model, and with them the history of its training.
-
-    By way of memory: HDF5 crashes the process when it cannot write, as on a full disk.
-    """
+def _in_memory(model):
+    """The weights file of a model, in memory: HDF5 crashes the process when it cannot write to a disk."""
     memory = _Memory()
     model.save_weights(memory)
+    return memory
+
+
+def write_weights(path, model, history=None):
+    """Write the weights of a model, in full precision, and with them the history of its training."""
+    memory = _in_memory(model)
     if history is not None:
         with h5py.File(memory, "a") as file:
             file["history"] = json.dumps(history)

@@ -97,8 +97,26 @@ def test_saved_json_fits_older_keras_and_names_no_policy(tmp_path):
     for key in ("input_axes", "quantization_config", "optimizer", "lambda"):
         assert key not in text.lower()
     loaded = util.load_model(tmp_path, "run", "autoencoder")
-    for saved, restored in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_array_equal(saved, restored)
+    for ours, restored in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(restored, ours.astype(np.float16))
+
+
+def test_weights_are_saved_as_float16_where_that_can_hold_them(tmp_path):
+    model = small_model()
+    kernel, bias, *others = model.get_weights()
+    model.set_weights([kernel, bias + 1e5, *others])
+    with util.staged(tmp_path, "run") as stage:
+        util.save_model(stage, model, "autoencoder_run")
+    dtypes = set()
+    with h5py.File(tmp_path / "weights/autoencoder_run.weights.h5") as file:
+        file.visititems(lambda _, item: dtypes.add(getattr(item, "dtype", np.dtype(np.float16)).name))
+    assert dtypes == {"float16", "float32"}
+    loaded = util.load_model(tmp_path, "run", "autoencoder")
+    assert {weight.dtype for weight in loaded.weights} == {"float32"}
+    copied = util.portable_copy(model)
+    for ours, restored in zip(copied.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, restored)
+    np.testing.assert_array_equal(loaded.get_weights()[1], bias + 1e5)
 
 
 @pytest.fixture
