@@ -43,12 +43,13 @@ WHITENING_EPSILON = 5e-4  # added to the variances, so that the faintest pattern
 FEATURE_SIDE = 8  # grid that feature maps are averaged to
 
 # optimization
-EPOCHS = 18
+EPOCHS = 32
 BATCH_SIZE = 500
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 2e-2
+ADAM_SHARE = 0.5  # of the learning rate, for what Muon is not made for
 WARMUP = 0.2  # share of the steps
-WEIGHT_DECAY = 0.1
-LABEL_SMOOTHING = 0.1
+WEIGHT_DECAY = 0.4
+LABEL_SMOOTHING = 0.2
 
 # what is measured and shown
 SHOWN_SIGMA = 25  # of the confusion matrices
@@ -129,7 +130,9 @@ def build_optimizer(learning_rate, steps):
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, steps - warmup), warmup_target=learning_rate, warmup_steps=warmup
     )
-    return ConvolutionMuon(schedule, weight_decay=WEIGHT_DECAY, adam_weight_decay=WEIGHT_DECAY)
+    return ConvolutionMuon(
+        schedule, weight_decay=WEIGHT_DECAY, adam_weight_decay=WEIGHT_DECAY, adam_lr_ratio=ADAM_SHARE
+    )
 
 
 def train(args, data, inputs):
