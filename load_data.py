@@ -631,18 +631,20 @@ def fit_pca(images, energy=0.95):
 class Batches(keras.utils.PyDataset):
     """Feed `fit` with clean images, in a new order every epoch (`go_to`), half of them mirrored.
 
-    Order and mirroring depend on seed, epoch and position alone, so that a resumed training sees what an
+    What is drawn depends on seed, epoch and position alone, so that a resumed training sees what an
     uninterrupted one would have seen. Images may be memory-mapped and larger than memory.
 
     Args:
         images: uint8 array (N, H, W, 3).
         batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
-        seed: Of order and mirroring.
+        seed: Of order, mirroring and greying.
+        grey: Share of the images that are fed without colour.
     """
 
-    def __init__(self, images, batch_size, seed=0):
+    def __init__(self, images, batch_size, seed=0, grey=0.0):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
+        self.grey = grey
         self._mapped = _memory_map(images)
         self.go_to(0)
 
@@ -656,8 +658,11 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         batch = self._take(index)[1]
-        mirrored = np.random.default_rng((self.seed, self.epoch, index)).random(len(batch)) < 0.5
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        mirrored = rng.random(len(batch)) < 0.5
         batch[mirrored] = batch[mirrored, :, ::-1]
+        greyed = rng.random(len(batch)) < self.grey
+        batch[greyed] = batch[greyed].mean(axis=-1, keepdims=True).round()
         clean = to_float(batch)
         return clean, clean
 

@@ -56,6 +56,8 @@ WARMUP_STEPS = 500  # and at most a tenth of the training
 CLIP_NORM = 0.5  # without it the first steps can destroy the identity that the model starts as
 KL_WEIGHT = 1e-3
 SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
+GREY_SHARE, JPEG_SHARE = 0.2, 0.3  # of the training images with --photographs
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 GREY_LEVEL = 1 / 255
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
@@ -164,12 +166,13 @@ class DenoisingVAE(keras.Model):
         sigma: Lowest and highest sigma of the training noise, on the 0-255 scale.
         kl_weight: Weight of the KL term.
         seed: Of noise and samples.
+        photographs: Whether the noise of some images is that of `noise_in_files` instead of white.
     """
 
-    def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0):
+    def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0, photographs=False):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
-        self.sigma, self.kl_weight, self.seed = sigma, kl_weight, seed
+        self.sigma, self.kl_weight, self.seed, self.photographs = sigma, kl_weight, seed, photographs
         self.random = keras.random.SeedGenerator(seed)
         self.psnr = keras.metrics.Mean("psnr")
         self.kl = keras.metrics.Mean("kl")
@@ -186,7 +189,11 @@ class DenoisingVAE(keras.Model):
     def noisy(self, clean):
         low, high = (limit / 255 for limit in self.sigma)
         sigma = keras.random.uniform((ops.shape(clean)[0], 1, 1, 1), low, high, seed=self.random)
-        return clean + sigma * keras.random.normal(ops.shape(clean), seed=self.random)
+        noise = keras.random.normal(ops.shape(clean), seed=self.random)
+        if self.photographs:
+            in_jpeg = keras.random.uniform(ops.shape(sigma), seed=self.random) < JPEG_SHARE
+            noise = noise_in_files(clean, noise, in_jpeg)
+        return clean + sigma * noise
 
     def sample(self, z_mean, z_log_var):
         return z_mean + ops.exp(0.5 * z_log_var) * keras.random.normal(ops.shape(z_mean), seed=self.random)
@@ -199,6 +206,28 @@ class DenoisingVAE(keras.Model):
         self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.kl.update_state(kl)
         return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
+
+
+def noise_in_files(clean, noise, in_jpeg):
+    """Turn white noise into what a file holds of it, where it cannot hold all of it.
+
+    A grey image has one channel, so that its noise is alike in all three. JPEG halves the resolution of
+    colours (4:2:0), and the noise in them with it.
+
+    Args:
+        clean: Images (N, H, W, 3), H and W even.
+        noise: Their noise.
+        in_jpeg: Which of them have gone through JPEG, boolean (N, 1, 1, 1).
+
+    Returns:
+        Tensor like `noise`.
+    """
+    luma = ops.sum(noise * np.array(LUMA, np.float32), axis=-1, keepdims=True)
+    colour = ops.average_pool(noise - luma, 2)
+    for axis in (1, 2):
+        colour = ops.repeat(colour, 2, axis=axis)
+    is_grey = ops.all(clean == clean[..., :1], axis=(1, 2, 3), keepdims=True)
+    return ops.where(is_grey, noise[..., :1], ops.where(in_jpeg, luma + colour, noise))
 
 
 def kl_divergence(z_mean, z_log_var):
@@ -294,7 +323,8 @@ def fit(vae, data, args, epochs, stage="", epochs_before=0):
         util.ModelError: as of `util.fit`.
     """
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
-    batches = Batches(whole_cells(data.images[data.denoiser_split], cell), args.batch_size, args.seed)
+    images = whole_cells(data.images[data.denoiser_split], cell)
+    batches = Batches(images, args.batch_size, args.seed, GREY_SHARE if args.photographs else 0)
     clean = whole_cells(data.images["validation"], cell)
     noisy = validation_noise(clean, args.sigma)
     vae.compile(optimizer=build_optimizer(args.learning_rate, epochs * len(batches)))
@@ -768,6 +798,11 @@ def add_train_options(parser):
     parser.add_argument(
         "--learning-rate", type=util.number(float, 0), default=LEARNING_RATE, help="highest learning rate"
     )
+    parser.add_argument(
+        "--photographs",
+        action="store_true",
+        help="train for pictures in files: also on grey ones, and on noise whose colour JPEG has blurred",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
@@ -854,7 +889,7 @@ def main(argv=None):
         encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
         decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
         start_as_identity(encoder, decoder)
-        vae = DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed)
+        vae = DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs)
         rows = fit(vae, data, args, args.epochs)
         models = {"simple": util.portable_copy(build_autoencoder(vae.encoder, vae.decoder))}
         write_run(args, models, vae, data, rows)

@@ -131,7 +131,7 @@ def train(args, data, base):
     level_one = load_level_one(args.out, base)
     encoder = stack_encoder(level_one[0], args.filters, ENCODER_BLOCKS, args.latent_dim)
     decoder = stack_decoder(level_one[1], args.filters, DECODER_BLOCKS, args.latent_dim)
-    vae = simple.DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed)
+    vae = simple.DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs)
     stages = {"simple": validation_psnr(autoencoder_of(vae), data, args)}
     print(f"Validation PSNR of {base}, before stacking: {stages['simple']:.2f} dB", flush=True)
     rows, weights = [], {}

@@ -375,6 +375,16 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert len(Batches(images, 100)) == 1
 
 
+def test_batches_take_the_colour_from_a_share_of_the_images():
+    images = random_images(200, 4, 4, 3)
+    batches = Batches(images, 100, grey=0.3)
+    fed = np.concatenate([batches[index][0] for index in range(2)])
+    grey = (fed == fed[..., :1]).all(axis=(1, 2, 3))
+    assert 0.2 < grey.mean() < 0.4
+    means = sorted(np.round(images.mean(axis=-1)).sum(axis=(1, 2)).tolist())
+    assert set(np.round(fed[grey, ..., 0] * 255).sum(axis=(1, 2)).tolist()) <= set(means)
+
+
 def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
     random_images(40 * IMAGE_BYTES).tofile(tmp_path / "unlabeled_X.bin")
     images = load_data.stl10_input.read_all_images(tmp_path / "unlabeled_X.bin")

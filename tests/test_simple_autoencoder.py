@@ -96,6 +96,24 @@ def test_training_noise_has_a_sigma_of_its_own_for_each_image():
     assert abs(sigma.mean() - 30) < 4 * 40 / np.sqrt(12 * 400)  # uniform: deviation 40 / sqrt(12)
 
 
+def test_noise_of_grey_images_is_grey_and_that_of_some_others_has_coarse_colour():
+    vae = simple.DenoisingVAE(*small_models(), sigma=(50, 50), photographs=True)
+    clean = random_images(300, 16, 16, 3).astype(np.float32) / 255
+    clean[:100] = clean[:100, ..., :1]
+    noise = 255 / 50 * (np.asarray(vae.noisy(clean)) - clean)
+    np.testing.assert_allclose(noise[:100], noise[:100, ..., :1].repeat(3, axis=-1), atol=1e-5)
+    assert noise[:100].std() == pytest.approx(1, abs=0.03)
+    colour = noise - (noise @ np.array(simple.LUMA, np.float32))[..., None]
+    cells = colour.reshape(300, 8, 2, 8, 2, 3)
+    coarse = np.ptp(cells, axis=(2, 4)).max(axis=(1, 2, 3)) < 1e-4
+    assert coarse[:100].all()
+    assert 0.2 < coarse[100:].mean() < 0.4
+    assert noise[100:][coarse[100:]].mean(axis=-1).std() == pytest.approx(0.6, abs=0.1)
+    np.testing.assert_allclose(noise[100:][~coarse[100:]].std(axis=(1, 2, 3)), 1, atol=0.15)
+    white = simple.DenoisingVAE(*small_models(), sigma=(50, 50)).noisy(clean)
+    assert (np.asarray(white - clean).std(axis=-1) > 0.01).mean() > 0.9
+
+
 def test_no_epoch_repeats_the_noise_of_another():
     vae = simple.DenoisingVAE(*small_models())
     batches = Batches(random_images(4, 8, 8, 3), 2)
