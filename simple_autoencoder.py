@@ -5,6 +5,7 @@
     python simple_autoencoder.py --resume              # go on after an interruption
     python simple_autoencoder.py evaluate              # measure the saved model again
     python simple_autoencoder.py denoise IN --to OUT   # your own pictures
+    python simple_autoencoder.py --start simple_cifar10 --dataset holiday/   # go on with your own
 
 Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
 models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
@@ -59,6 +60,7 @@ SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_SHARE, JPEG_SHARE = 0.2, 0.3  # of the training images with --photographs
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 GREY_LEVEL = 1 / 255
+CLASSIFIER_WEIGHT = 0.1  # of the classifier's verdict, with --classifier
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
 # what is measured and shown
@@ -139,6 +141,23 @@ def start_as_identity(encoder, decoder):
     decoder.get_layer("to_pixels").set_weights([cell, np.full(3, 0.5)])
 
 
+def start_from(encoder, decoder, out, name):
+    """Set the weights to those of the saved run `name`.
+
+    Raises:
+        util.ModelError: it is missing, damaged or of another architecture.
+    """
+    for part, model in (("encoder", encoder), ("decoder", decoder)):
+        saved = util.load_model(out, name, part)
+        try:
+            model.set_weights(saved.get_weights())
+        except ValueError:
+            path = out / "models" / f"{part}_{name}.json"
+            raise util.ModelError(
+                f"{path}: of another architecture than is to be trained; choose another --start"
+            ) from None
+
+
 def build_autoencoder(encoder, decoder):
     """Autoencoder: noisy image to denoised image, by way of the posterior means alone."""
     noisy = keras.Input((None, None, 3), name="noisy")
@@ -160,6 +179,10 @@ class DenoisingVAE(keras.Model):
     Decoders", ICML 2021). It values a decibel alike at every sigma, where a plain MSE would hear little but
     the strongest noise. g keeps images without noise from outweighing the rest.
 
+    With a classifier p, the loss has one term more, `classifier_weight * KL(p(clean) || p(denoised))`: what
+    is denoised should be taken for what it is (the stability objective of Salman, Sun, Yang, Kapoor, Kolter,
+    "Denoised Smoothing: A Provable Defense for Pretrained Classifiers", NeurIPS 2020).
+
     Args:
         encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
         decoder: The codes of all levels to images.
@@ -167,12 +190,25 @@ class DenoisingVAE(keras.Model):
         kl_weight: Weight of the KL term.
         seed: Of noise and samples.
         photographs: Whether the noise of some images is that of `noise_in_files` instead of white.
+        classifier: Saved classifier of clean images, or None; is not trained.
     """
 
-    def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0, photographs=False):
+    def __init__(
+        self,
+        encoder,
+        decoder,
+        sigma=SIGMA_RANGE,
+        kl_weight=KL_WEIGHT,
+        seed=0,
+        photographs=False,
+        classifier=None,
+    ):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
         self.sigma, self.kl_weight, self.seed, self.photographs = sigma, kl_weight, seed, photographs
+        self.classifier = classifier
+        if classifier:
+            classifier.trainable = False
         self.random = keras.random.SeedGenerator(seed)
         self.psnr = keras.metrics.Mean("psnr")
         self.kl = keras.metrics.Mean("kl")
@@ -205,7 +241,15 @@ class DenoisingVAE(keras.Model):
         kl = sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
         self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.kl.update_state(kl)
-        return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
+        loss = 0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl
+        if self.classifier:
+            loss += CLASSIFIER_WEIGHT * self.misjudgement(y, denoised)
+        return ops.mean(loss)
+
+    def misjudgement(self, clean, denoised):
+        """KL(p(clean) || p(denoised)) of each image, p the classifier's probabilities, in nats."""
+        p, q = (self.classifier(ops.clip(images, 0, 1), training=False) for images in (clean, denoised))
+        return ops.sum(p * (ops.log(p + 1e-7) - ops.log(q + 1e-7)), axis=-1)
 
 
 def noise_in_files(clean, noise, in_jpeg):
@@ -293,6 +337,16 @@ def whole_cells(images, cell):
     return images[:, :height, :width]
 
 
+def build_vae(encoder, decoder, args, data):
+    """What trains `encoder` and `decoder` as the arguments of the run say.
+
+    Raises:
+        util.ModelError: as of `load_classifier`.
+    """
+    classifier = load_classifier(args, data, util.stride(encoder))
+    return DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs, classifier)
+
+
 def validation_noise(clean, sigma_range):
     """Noisy validation images, float32, the sigmas spread evenly over the training range; always the same."""
     sigma = np.linspace(*sigma_range, len(clean))
@@ -303,6 +357,24 @@ def gif_images(data, cell):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
     clean = whole_cells(data.spread("validation", SHOWN), cell)
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
+
+
+def load_classifier(args, data, cell):
+    """Load the classifier of `--classifier`, if it is given.
+
+    Raises:
+        util.ModelError: it is missing or damaged, or classifies something else than the data set's images.
+    """
+    if not args.classifier:
+        return None
+    model = util.load_model(args.out, args.classifier)
+    expected, given = model.input_shape[1:], whole_cells(data.sample("train", 1), cell).shape[1:]
+    if expected != given:
+        path = args.out / "models" / f"{args.classifier}.json"
+        raise util.ModelError(
+            f"{path}: classifies {expected}, not images {given}; choose another --classifier"
+        )
+    return model
 
 
 def fit(vae, data, args, epochs, stage="", epochs_before=0):
@@ -803,6 +875,15 @@ def add_train_options(parser):
         action="store_true",
         help="train for pictures in files: also on grey ones, and on noise whose colour JPEG has blurred",
     )
+    parser.add_argument(
+        "--start", type=util.run_name, metavar="NAME", help="saved run to go on from, as in fine-tuning"
+    )
+    parser.add_argument(
+        "--classifier",
+        type=util.run_name,
+        metavar="NAME",
+        help="saved classifier that should take denoised images for what it takes clean ones for",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
@@ -888,8 +969,11 @@ def main(argv=None):
     with util.training(__file__, args):
         encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
         decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
-        start_as_identity(encoder, decoder)
-        vae = DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs)
+        if args.start:
+            start_from(encoder, decoder, args.out, args.start)
+        else:
+            start_as_identity(encoder, decoder)
+        vae = build_vae(encoder, decoder, args, data)
         rows = fit(vae, data, args, args.epochs)
         models = {"simple": util.portable_copy(build_autoencoder(vae.encoder, vae.decoder))}
         write_run(args, models, vae, data, rows)

@@ -5,6 +5,7 @@
     python stack_autoencoder.py --dataset photos       # on simple_photos
     python stack_autoencoder.py --resume               # go on after an interruption
     python stack_autoencoder.py evaluate               # measure noisy, simple and stacked side by side
+    python stack_autoencoder.py --start stacked_cifar10 --dataset holiday/   # go on with your own pictures
 
 The second level is a variational autoencoder of level one's feature maps, on a coarser grid and wider: one
 code for every 4x4 pixels, where the receptive field soon covers a whole object. It is first trained alone,
@@ -131,11 +132,17 @@ def train(args, data, base):
     level_one = load_level_one(args.out, base)
     encoder = stack_encoder(level_one[0], args.filters, ENCODER_BLOCKS, args.latent_dim)
     decoder = stack_decoder(level_one[1], args.filters, DECODER_BLOCKS, args.latent_dim)
-    vae = simple.DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs)
+    vae = simple.build_vae(encoder, decoder, args, data)
     stages = {"simple": validation_psnr(autoencoder_of(vae), data, args)}
     print(f"Validation PSNR of {base}, before stacking: {stages['simple']:.2f} dB", flush=True)
+    plan = [("greedy", args.greedy_epochs, True), ("joint", args.epochs, False)]
+    if args.start:  # both levels are there already
+        simple.start_from(encoder, decoder, args.out, args.start)
+        stages["start"] = validation_psnr(autoencoder_of(vae), data, args)
+        print(f"Validation PSNR of {args.start}: {stages['start']:.2f} dB", flush=True)
+        del plan[0]
     rows, weights = [], {}
-    for stage, epochs, frozen in (("greedy", args.greedy_epochs, True), ("joint", args.epochs, False)):
+    for stage, epochs, frozen in plan:
         for model in level_one:
             model.trainable = not frozen
         before = len(rows)
@@ -144,7 +151,7 @@ def train(args, data, base):
         weights[stage] = vae.get_weights()
         stages[stage] = validation_psnr(autoencoder_of(vae), data, args)
         print(f"Validation PSNR after the {stage} stage: {stages[stage]:.2f} dB", flush=True)
-    kept = max(("joint", "greedy"), key=stages.get)
+    kept = "joint" if args.classifier else max(reversed(weights), key=stages.get)
     if kept == "greedy":
         print("The joint stage has not gained: the weights of the greedy stage are kept.")
         vae.set_weights(weights["greedy"])
@@ -161,7 +168,8 @@ def main(argv=None):
         base = util.read_record(args.out, args.name).get("base")
         simple.evaluate_saved(args, ({"simple": base} if base else {}) | {"stacked": args.name})
         return
-    base = args.base or f"simple_{dataset_name(args.dataset)}"
+    started_on = util.read_record(args.out, args.start).get("base") if args.start else None
+    base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     models = {"simple": util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args):

@@ -159,6 +159,15 @@ def test_level_one_is_frozen_in_the_greedy_stage(stacked, tmp_path, monkeypatch)
     assert seen["joint"] > 1e-4
 
 
+def test_stack_goes_on_from_a_saved_one_without_a_greedy_stage(stacked):
+    arguments = [*TINY, *STACK, "--epochs=1", "--start=stacked_photos", "--name=tuned"]
+    stack.main([*arguments, f"--out={stacked[0]}"])
+    stages = util.read_record(stacked[0], "tuned")["validation_psnr"]
+    assert list(stages) == ["simple", "start", "joint"]
+    before = util.read_record(stacked[0], "stacked_photos")["validation_psnr"]
+    assert stages["start"] == pytest.approx(max(before["greedy"], before["joint"]), abs=0.01)
+
+
 def test_evaluate_shows_simple_beside_stacked(stacked):
     out, printed = stacked
     code, again, err = run("stack_autoencoder.py", "evaluate", "--dataset=photos", "--out", out)
