@@ -396,7 +396,7 @@ def fit(vae, data, args, epochs, stage="", epochs_before=0):
     """
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
     images = whole_cells(data.images[data.denoiser_split], cell)
-    batches = Batches(images, args.batch_size, args.seed, GREY_SHARE if args.photographs else 0)
+    batches = Batches(images, args.batch_size, args.seed, GREY_SHARE if vae.photographs else 0)
     clean = whole_cells(data.images["validation"], cell)
     noisy = validation_noise(clean, args.sigma)
     vae.compile(optimizer=build_optimizer(args.learning_rate, epochs * len(batches)))

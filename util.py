@@ -459,9 +459,10 @@ def describe_run(args, data, rows, monitor):
 
 
 def portable_arguments(args):
-    """The arguments of a run for its record, without those that name this machine or this call."""
+    """The arguments of a run for its record, without what names this machine or this call."""
     left_out = ("verb", "resume", "out", "data_dir")
-    return {key: value for key, value in vars(args).items() if key not in left_out}
+    kept = {key: value for key, value in vars(args).items() if key not in left_out}
+    return kept | {"dataset": Path(args.dataset).name}  # of a folder, not where it lies
 
 
 def environment():

@@ -4,6 +4,7 @@
     python tests/benchmark_denoisers.py                          # first 60 CIFAR-10 test images, 3 minutes
     python tests/benchmark_denoisers.py --images 1000 --without BM3D
     python tests/benchmark_denoisers.py --dataset my_pictures/   # whole pictures that training leaves out
+    python tests/benchmark_denoisers.py --dataset my_pictures/ --stored-as jpeg
 
 Prints PSNR, SSIM and images per second, and writes `figures/benchmark_DATASET_sigma.png` (PSNR against
 sigma) and `figures/benchmark_DATASET_time.png` (PSNR at sigma 25 against the time for an image). The
@@ -11,6 +12,7 @@ classical methods are told the true sigma; the models are blind.
 """
 
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
@@ -25,9 +27,11 @@ import bm3d
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from skimage.restoration import denoise_tv_chambolle, denoise_wavelet
 
 SHOWN_SIGMA = 25  # of the figure of times
+JPEG_QUALITY = 90
 BATCH = 250  # images that a model gets at a time; the classical methods take one by one
 
 
@@ -59,6 +63,24 @@ CLASSICAL = {
     "total variation": total_variation,
     "wavelet": wavelet,
 }
+
+
+def grey(noisy):
+    """Noisy images as grey files keep them: of a grey image's noise, one channel."""
+    return noisy[..., :1].repeat(3, axis=-1)
+
+
+def jpeg(noisy):
+    """Noisy images as they come out of JPEG files: clipped, and with their colours at half the resolution."""
+    decoded = []
+    for image in util.to_uint8(noisy):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY)
+        decoded.append(np.asarray(Image.open(file)))
+    return util.to_float(np.stack(decoded))
+
+
+STORED = {"floats": lambda noisy: noisy, "grey": grey, "jpeg": jpeg}
 
 
 def one_by_one(denoise):
@@ -117,17 +139,40 @@ def parse_args(argv=None):
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
     )
+    parser.add_argument(
+        "--stored-as", choices=STORED, default="floats", help="what the noisy images have gone through"
+    )
     parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def test_images(args):
+    """What is denoised, as `simple.evaluate` takes it."""
     if args.dataset in BUILT_IN:
         images = load_data(args.dataset, args.data_dir, args.size).sample("test", args.images)
         clean = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     else:
         clean = [picture[None] for picture in held_out_pictures(args.dataset)[: args.images]]
+    if args.stored_as != "grey":
+        return clean
+    return [images.mean(axis=-1, keepdims=True).round().astype(np.uint8).repeat(3, -1) for images in clean]
+
+
+def after_storing(denoisers, kind):
+    """Denoisers by label as such that are given what is left of the noisy images in files of some kind."""
+    store = STORED[kind]
+    stored = {
+        label: lambda noisy, sigma, denoise=denoise: denoise(store(noisy), sigma)
+        for label, denoise in denoisers.items()
+    }
+    if kind == "floats":
+        return stored
+    return {f"as {kind}": lambda noisy, sigma: util.to_uint8(store(noisy))} | stored
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    clean = test_images(args)
     names = args.models or util.saved_runs(args.out, "autoencoder")
     models = {name: util.load_model(args.out, name, "autoencoder") for name in names}
     for denoise in simple.blind(models).values():
@@ -135,14 +180,16 @@ def main(argv=None):
             denoise(np.zeros(shape, np.float32), 0)
     denoisers = {label: one_by_one(CLASSICAL[label]) for label in CLASSICAL if label not in args.without}
     denoisers = {label: Timed(denoise) for label, denoise in (denoisers | simple.blind(models)).items()}
-    table = simple.evaluate(denoisers, clean)
+    stored = after_storing(denoisers, args.stored_as)
+    table = simple.evaluate(stored, clean)
     hardware = util.environment()["hardware"]
-    title = f"{dataset_name(args.dataset)}, first {sum(map(len, clean))} test images"
+    name = dataset_name(args.dataset) + ("" if args.stored_as == "floats" else f"_{args.stored_as}")
+    title = f"{name}, first {sum(map(len, clean))} test images"
     print(f"{title}, noise of seed 0 per sigma; {hardware}")
     for measure in ("PSNR", "SSIM"):
         rows = [
             {measure: label} | {str(row["sigma"]): row[f"{label} {measure}"] for row in table}
-            for label in ("noisy", *denoisers)
+            for label in ("noisy", *stored)
         ]
         print(util.format_table(rows))
     print(
@@ -151,10 +198,10 @@ def main(argv=None):
         )
     )
     for kind, figure in (
-        ("sigma", sigma_figure(table, ("noisy", *denoisers), title)),
+        ("sigma", sigma_figure(table, ("noisy", *stored), title)),
         ("time", time_figure(table, denoisers, title)),
     ):
-        path = args.out / f"figures/benchmark_{dataset_name(args.dataset)}_{kind}.png"
+        path = args.out / f"figures/benchmark_{name}_{kind}.png"
         with util.atomic(path) as temporary:
             util.save_figure(figure, temporary)
         print(f"Written: {path}")

@@ -357,6 +357,8 @@ def test_default_precision_trains_a_folder_of_pictures(tmp_path):
     model = util.load_model(tmp_path, "simple_holiday", "autoencoder")
     assert {weight.dtype for weight in model.weights} == {"float32"}
     assert "bfloat16" not in (tmp_path / "models/autoencoder_simple_holiday.json").read_text()
+    assert util.read_record(tmp_path, "simple_holiday")["arguments"]["dataset"] == "holiday"
+    assert str(tmp_path) not in (tmp_path / "logs/simple_holiday.json").read_text()
 
 
 def test_training_on_a_mapped_file_larger_than_a_batch(tmp_path):
