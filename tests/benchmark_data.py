@@ -1,0 +1,125 @@
+"""Measure how many training images a denoiser needs: the stacked autoencoder beside a plain DnCNN.
+
+    python tests/benchmark_data.py                      # CIFAR-10, 500 to 49,000 images, 40 minutes
+    python tests/benchmark_data.py --steps 20000        # closer to a full training
+
+Both are trained from scratch, with the same optimizer, noise, steps and images, and take nearly the same
+arithmetic. Prints PSNR at sigma 25 on the first 1,000 test images, and writes `figures/benchmark_data.png`.
+
+DnCNN is that of Zhang, Zuo, Chen, Meng, Zhang, "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for
+Image Denoising", 2017: 17 convolutions at full resolution, here of 39 filters instead of 64.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import simple_autoencoder as simple
+import stack_autoencoder as stack
+import util
+from load_data import Batches, add_data_options, load_data
+
+import keras
+from keras import layers
+
+LIMITS = (500, 2000, 10_000, 49_000)
+STEPS = 4800
+SIGMA = 25
+
+
+def stacked(sigma, seed):
+    """The stacked autoencoder, untrained."""
+    encoder, decoder = simple.build_encoder(), simple.build_decoder()
+    simple.start_as_identity(encoder, decoder)
+    levels = stack.stack_encoder(encoder), stack.stack_decoder(decoder)
+    return simple.DenoisingVAE(*levels, sigma, stack.KL_WEIGHT, seed)
+
+
+class FeedForward(simple.DenoisingVAE):
+    """Trains a plain network the same way: noise and likelihood, but no code."""
+
+    def call(self, images, training=False):
+        images = keras.ops.cast(images, "float32")
+        return self.decoder(self.noisy(images) if training else images), [], []
+
+
+def dncnn(sigma, seed, filters=39, convolutions=17):
+    """DnCNN, untrained."""
+    image = x = keras.Input((None, None, 3))
+    x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
+    for _ in range(convolutions - 2):
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+        x = layers.Activation("relu")(layers.BatchNormalization()(x))
+    residual = layers.Conv2D(3, 3, padding="same", dtype="float32")(x)
+    network = keras.Model(image, layers.Add(dtype="float32")([image, residual]))
+    return FeedForward(None, network, sigma, 0.0, seed)
+
+
+def endless(batches):
+    """Batches of one epoch after another."""
+    for epoch in itertools.count():
+        batches.go_to(epoch)
+        yield from (batches[index] for index in range(len(batches)))
+
+
+def trained(build, images, args):
+    """The denoising network that `build` makes, trained on `images` for some steps."""
+    keras.utils.set_random_seed(args.seed)
+    vae = build(args.sigma, args.seed)
+    vae.compile(optimizer=simple.build_optimizer(simple.LEARNING_RATE, args.steps))
+    batches = Batches(images, simple.BATCH_SIZE, args.seed)
+    vae.fit(endless(batches), steps_per_epoch=args.steps, shuffle=False, verbose=0)
+    if vae.encoder is None:
+        return util.portable_copy(vae.decoder)
+    return util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_data_options(parser)
+    parser.add_argument("--out", type=Path, default=util.HERE, help="where figures/ is")
+    parser.add_argument(
+        "--limits", type=util.number(int, 1), nargs="+", default=LIMITS, help="training images"
+    )
+    parser.add_argument("--steps", type=util.number(int, 1), default=STEPS, help="of each training")
+    parser.add_argument("--images", type=util.number(int, 1), default=simple.TEST_IMAGES, help="test images")
+    parser.add_argument("--seed", type=util.number(int, 0), default=0)
+    parser.set_defaults(sigma=simple.SIGMA_RANGE)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = load_data(args.dataset, args.data_dir, args.size, max(args.limits))
+    clean = data.sample("test", args.images)
+    rows, costs = [], {}
+    for limit in args.limits:
+        rows.append({"training images": limit})
+        for build in (stacked, dncnn):
+            keras.config.set_dtype_policy(util.fast_precision())
+            model = trained(build, data.images[data.denoiser_split][:limit], args)
+            keras.config.set_dtype_policy("float32")
+            (row,) = simple.evaluate(simple.blind({build.__name__: model}), clean, (SIGMA,))
+            rows[-1][f"{build.__name__} PSNR"] = row[f"{build.__name__} PSNR"]
+            costs[build.__name__] = util.multiply_accumulates(model, (32, 32, 3)) / 1e6
+        print(util.format_table(rows[-1:]), flush=True)
+    title = f"{data.name}, first {len(clean):,} test images, sigma {SIGMA}, {args.steps:,} steps"
+    print(f"{title} of {simple.BATCH_SIZE}; {util.environment()['hardware']}")
+    print(util.format_table(rows))
+    print("million multiply-accumulates, 32x32:", ", ".join(f"{k} {v:.0f}" for k, v in costs.items()))
+    curves = {label: (args.limits, [row[f"{label} PSNR"] for row in rows]) for label in costs}
+    figure = util.curves_figure([("training images", "PSNR in dB", curves)], title)
+    figure.axes[0].set_xscale("log")
+    path = args.out / "figures/benchmark_data.png"
+    with util.atomic(path) as temporary:
+        util.save_figure(figure, temporary)
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    util.run_script(main)
