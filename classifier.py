@@ -50,6 +50,7 @@ ADAM_SHARE = 0.5  # of the learning rate, for what Muon is not made for
 WARMUP = 0.2  # share of the steps
 WEIGHT_DECAY = 0.4
 LABEL_SMOOTHING = 0.2
+MONITOR = "val_loss"  # the accuracy of 1,000 images tells the best epoch by chance
 
 # what is measured and shown
 SHOWN_SIGMA = 25  # of the confusion matrices
@@ -159,7 +160,7 @@ def train(args, data, inputs):
     )
     shuffle = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.go_to(epoch))
     folder = util.training_folder(args.out, args.name)
-    rows = util.fit(model, batches, validation, args.epochs, folder, "val_accuracy", [shuffle])
+    rows = util.fit(model, batches, validation, args.epochs, folder, MONITOR, [shuffle])
     return util.portable_copy(model), rows
 
 
@@ -334,7 +335,7 @@ def write_run(args, model, rows, denoisers, data, represent):
         util.write_csv(stage / f"logs/{args.name}.csv", rows)
         history = util.history_figure(rows, ("loss", "accuracy"), args.name)
         util.save_figure(history, stage / f"figures/{args.name}_history.png")
-        record = util.describe_run(args, data, rows, "val_accuracy")
+        record = util.describe_run(args, data, rows, MONITOR)
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
         results = evaluate(stage, args, model, denoisers, data, represent)
         util.write_record(stage, args.name, record | results)
