@@ -1,6 +1,6 @@
 """Measure how many training images a denoiser needs: the stacked autoencoder beside a plain DnCNN.
 
-    python tests/benchmark_data.py                      # CIFAR-10, 500 to 49,000 images, 40 minutes
+    python tests/benchmark_data.py                      # CIFAR-10, 500 to 49,000 images
     python tests/benchmark_data.py --steps 20000        # closer to a full training
 
 Both are trained from scratch, with the same optimizer, noise, steps and images, and take nearly the same
