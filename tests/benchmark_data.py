@@ -30,12 +30,12 @@ STEPS = 4800
 SIGMA = 25
 
 
-def stacked(sigma, seed):
+def stacked(seed):
     """The stacked autoencoder, untrained."""
     encoder, decoder = simple.build_encoder(), simple.build_decoder()
     simple.start_as_identity(encoder, decoder)
     levels = stack.stack_encoder(encoder), stack.stack_decoder(decoder)
-    return simple.DenoisingVAE(*levels, sigma, stack.KL_WEIGHT, seed)
+    return simple.DenoisingVAE(*levels, kl_weight=stack.KL_WEIGHT, seed=seed)
 
 
 class FeedForward(simple.DenoisingVAE):
@@ -46,7 +46,7 @@ class FeedForward(simple.DenoisingVAE):
         return self.decoder(self.noisy(images) if training else images), [], []
 
 
-def dncnn(sigma, seed, filters=39, convolutions=17):
+def dncnn(seed, filters=39, convolutions=17):
     """DnCNN, untrained."""
     image = x = keras.Input((None, None, 3))
     x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
@@ -55,7 +55,7 @@ def dncnn(sigma, seed, filters=39, convolutions=17):
         x = layers.Activation("relu")(layers.BatchNormalization()(x))
     residual = layers.Conv2D(3, 3, padding="same", dtype="float32")(x)
     network = keras.Model(image, layers.Add(dtype="float32")([image, residual]))
-    return FeedForward(None, network, sigma, 0.0, seed)
+    return FeedForward(None, network, seed=seed)
 
 
 def endless(batches):
@@ -68,7 +68,7 @@ def endless(batches):
 def trained(build, images, args):
     """The denoising network that `build` makes, trained on `images` for some steps."""
     keras.utils.set_random_seed(args.seed)
-    vae = build(args.sigma, args.seed)
+    vae = build(args.seed)
     vae.compile(optimizer=simple.build_optimizer(simple.LEARNING_RATE, args.steps))
     batches = Batches(images, simple.BATCH_SIZE, args.seed)
     vae.fit(endless(batches), steps_per_epoch=args.steps, shuffle=False, verbose=0)
@@ -89,7 +89,6 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=util.number(int, 1), default=STEPS, help="of each training")
     parser.add_argument("--images", type=util.number(int, 1), default=simple.TEST_IMAGES, help="test images")
     parser.add_argument("--seed", type=util.number(int, 0), default=0)
-    parser.set_defaults(sigma=simple.SIGMA_RANGE)
     return parser.parse_args(argv)
 
 
