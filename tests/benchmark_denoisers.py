@@ -119,12 +119,10 @@ def time_figure(table, denoisers, title):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for label, denoiser in denoisers.items():
-        point = 1000 * denoiser.seconds_per_image, row[f"{label} PSNR"]
-        axis.plot(*point, "o")
-        axis.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.plot(1000 * denoiser.seconds_per_image, row[f"{label} PSNR"], "o", label=label)
     axis.set(xscale="log", xlabel="milliseconds for an image", ylabel=f"PSNR in dB at sigma {SHOWN_SIGMA}")
-    axis.margins(x=0.25, y=0.1)
     axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)  # labels at the points would overlap
     figure.suptitle(title, fontsize=10)
     return figure
 
