@@ -43,13 +43,12 @@ WHITENING_EPSILON = 5e-4  # added to the variances, so that the faintest pattern
 FEATURE_SIDE = 8  # grid that feature maps are averaged to
 
 # optimization
-EPOCHS = 36
+EPOCHS = 18
 BATCH_SIZE = 500
-LEARNING_RATE = 0.12  # share of its norm that the first step turns a kernel by
-MOMENTUM = 0.6
-ADAM_SHARE = 0.015  # of the learning rate, for all that is no kernel
-LABEL_SMOOTHING = 0.2
-MONITOR = "val_loss"  # the accuracy of 1,000 images tells the best epoch by chance
+LEARNING_RATE = 1e-2
+WARMUP = 0.2  # share of the steps
+WEIGHT_DECAY = 0.1
+LABEL_SMOOTHING = 0.1
 
 # what is measured and shown
 SHOWN_SIGMA = 25  # of the confusion matrices
@@ -81,7 +80,7 @@ def convolution(x, width, name, halve=False):
     x = layers.Conv2D(width, 3, padding="same", use_bias=False, name=name)(x)
     if halve:
         x = layers.MaxPooling2D(name=f"{name}_pool")(x)
-    x = layers.BatchNormalization(momentum=0.9, scale=False, name=f"{name}_norm")(x)
+    x = layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(x)
     return layers.Activation("gelu", name=f"{name}_gelu")(x)
 
 
@@ -103,17 +102,12 @@ def build_classifier(shape, classes, widths=WIDTHS):
         x = convolution(x, width, f"convolution_{level}a", halve=True)
         x = convolution(x, width, f"convolution_{level}b")
     x = layers.GlobalMaxPooling2D(name="maximum")(x)
-    x = layers.Dense(
-        classes, activation="softmax", kernel_initializer="zeros", dtype="float32", name="probabilities"
-    )(x)
+    x = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
     return keras.Model(inputs, x, name="classifier")
 
 
 class ConvolutionMuon(keras.optimizers.Muon):
     """Muon for convolutions, each kernel taken as a matrix (k * k * in, out); Keras leaves them to AdamW.
-
-    Every step gives a kernel the norm sqrt(out) again: batch normalization makes the norm meaningless, and
-    the learning rate then is about the share of it that the kernel turns by.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
     """
@@ -121,26 +115,21 @@ class ConvolutionMuon(keras.optimizers.Muon):
     def _should_use_adamw(self, variable):
         return len(variable.shape) != 4
 
-    def _muon_update_step(self, gradient, variable, lr, m):
-        super()._muon_update_step(gradient, variable, lr, m)
-        norm = ops.sqrt(ops.sum(ops.square(variable)))
-        self.assign(variable, variable * (variable.shape[-1] ** 0.5 / norm))
-
     def zeropower_via_newtonschulz5(self, x, steps):
         matrix = super().zeropower_via_newtonschulz5(ops.reshape(x, (-1, x.shape[-1])), steps)
         return ops.reshape(matrix, x.shape)
 
+    def lr_adjust(self, x):
+        return ops.reshape(super().lr_adjust(ops.reshape(x, (-1, x.shape[-1]))), x.shape)
+
 
 def build_optimizer(learning_rate, steps):
-    """Muon whose learning rate falls linearly to zero over `steps`."""
-    return ConvolutionMuon(
-        keras.optimizers.schedules.PolynomialDecay(learning_rate, steps, end_learning_rate=0.0),
-        adam_lr_ratio=ADAM_SHARE,
-        momentum=MOMENTUM,
-        rms_rate=None,
-        weight_decay=None,
-        adam_weight_decay=None,
+    """Muon whose learning rate rises linearly, then falls along a cosine to zero, over `steps`."""
+    warmup = int(WARMUP * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, steps - warmup), warmup_target=learning_rate, warmup_steps=warmup
     )
+    return ConvolutionMuon(schedule, weight_decay=WEIGHT_DECAY, adam_weight_decay=WEIGHT_DECAY)
 
 
 def train(args, data, inputs):
@@ -167,7 +156,7 @@ def train(args, data, inputs):
     )
     shuffle = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.go_to(epoch))
     folder = util.training_folder(args.out, args.name)
-    rows = util.fit(model, batches, validation, args.epochs, folder, MONITOR, [shuffle])
+    rows = util.fit(model, batches, validation, args.epochs, folder, "val_accuracy", [shuffle])
     return util.portable_copy(model), rows
 
 
@@ -342,7 +331,7 @@ def write_run(args, model, rows, denoisers, data, represent):
         util.write_csv(stage / f"logs/{args.name}.csv", rows)
         history = util.history_figure(rows, ("loss", "accuracy"), args.name)
         util.save_figure(history, stage / f"figures/{args.name}_history.png")
-        record = util.describe_run(args, data, rows, MONITOR)
+        record = util.describe_run(args, data, rows, "val_accuracy")
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
         results = evaluate(stage, args, model, denoisers, data, represent)
         util.write_record(stage, args.name, record | results)
@@ -366,10 +355,7 @@ def parse_args(argv=None):
     add_data_options(train)
     util.add_training_options(train, EPOCHS, BATCH_SIZE)
     train.add_argument(
-        "--learning-rate",
-        type=util.number(float, 0),
-        default=LEARNING_RATE,
-        help="learning rate at the start",
+        "--learning-rate", type=util.number(float, 0), default=LEARNING_RATE, help="highest learning rate"
     )
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     again = add_verb("evaluate", help="measure a saved classifier")

@@ -676,7 +676,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class LabelledBatches(Batches):
-    """Feed a classifier with clean images, mirrored, shifted and cut out of, and with one-hot labels.
+    """Feed a classifier with clean images, shifted, zoomed and mirrored, and with one-hot labels.
 
     Mirroring alternates: what one epoch mirrors, the next one does not, so that any two epochs show each
     image both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
@@ -698,15 +698,12 @@ class LabelledBatches(Batches):
         if batch.dtype == np.uint8:
             mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
             batch[mirrored] = batch[mirrored, :, ::-1]
-            batch = shift_and_cut_out(batch, np.random.default_rng((self.seed, self.epoch, index)))
+            batch = shift_and_zoom(batch, np.random.default_rng((self.seed, self.epoch, index)))
         return to_float(batch), self.one_hot[chosen]
 
 
-def shift_and_cut_out(images, rng):
-    """Shift images by up to an eighth of their side, and turn a square of a quarter of it grey.
-
-    The square is that of DeVries, Taylor, "Improved Regularization of Convolutional Neural Networks with
-    Cutout", 2017.
+def shift_and_zoom(images, rng):
+    """Shift images by up to a sixteenth of their side, and enlarge half of them by up to a third.
 
     Args:
         images: uint8 array (N, side, side, 3).
@@ -715,14 +712,16 @@ def shift_and_cut_out(images, rng):
     Returns:
         Array like `images`; what a shift uncovers mirrors the image.
     """
-    count, side = images.shape[:2]
-    margin, hole = side // 8, side // 4
+    side, margin = images.shape[1], images.shape[1] // 16
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side), axis=(1, 2))
-    top, left = rng.integers(0, 2 * margin + 1, (2, count))
-    result = windows[np.arange(count), top, left].transpose(0, 2, 3, 1).copy()
-    for image, (row, column) in zip(result, rng.integers(0, side - hole + 1, (count, 2)), strict=True):
-        image[row : row + hole, column : column + hole] = 128
+    shown = np.where(rng.random(len(images)) < 0.5, side, side * rng.uniform(0.75, 1, len(images)))
+    corners = rng.random((len(images), 2)) * (side + 2 * margin - shown)[:, None]
+    # whole pixels where nothing is enlarged: those images stay sharp
+    corners = np.where(shown[:, None] == side, corners.round(), corners)
+    result = np.empty_like(images)
+    for index, (image, (left, top), width) in enumerate(zip(padded, corners, shown, strict=True)):
+        box = (left, top, left + width, top + width)
+        result[index] = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box)
     return result
 
 

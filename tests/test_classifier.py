@@ -33,16 +33,16 @@ def test_whitening_decorrelates_patches():
     np.testing.assert_allclose(np.cov(responses, rowvar=False), np.eye(12), atol=0.1)
 
 
-def test_muon_takes_a_kernel_as_keras_takes_its_matrix_and_gives_it_its_norm():
+def test_muon_takes_a_kernel_as_keras_takes_its_matrix():
     rng = np.random.default_rng(0)
     start, gradient = (rng.normal(size=(3, 3, 4, 8)).astype(np.float32) for _ in range(2))
     after = []
     for optimizer, shape in ((classifier.ConvolutionMuon, (3, 3, 4, 8)), (keras.optimizers.Muon, (36, 8))):
         variable = keras.Variable(start.reshape(shape))
-        optimizer(1.0, rms_rate=None).apply([keras.ops.reshape(gradient, shape)], [variable])
+        optimizer(0.1).apply([keras.ops.reshape(gradient, shape)], [variable])
         after.append(keras.ops.convert_to_numpy(variable).reshape(start.shape))
-    np.testing.assert_allclose(after[0], after[1] * 8**0.5 / np.linalg.norm(after[1]), atol=1e-5)
-    assert np.abs(after[1] - start).max() > 0.1
+    np.testing.assert_allclose(*after, atol=1e-5)
+    assert np.abs(after[0] - start).max() > 0.01
 
 
 def test_muon_leaves_vectors_and_the_dense_layer_to_adamw():
