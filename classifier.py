@@ -31,7 +31,7 @@ from load_data import (
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
@@ -106,30 +106,13 @@ def build_classifier(shape, classes, widths=WIDTHS):
     return keras.Model(inputs, x, name="classifier")
 
 
-class ConvolutionMuon(keras.optimizers.Muon):
-    """Muon for convolutions, each kernel taken as a matrix (k * k * in, out); Keras leaves them to AdamW.
-
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
-    """
-
-    def _should_use_adamw(self, variable):
-        return len(variable.shape) != 4
-
-    def zeropower_via_newtonschulz5(self, x, steps):
-        matrix = super().zeropower_via_newtonschulz5(ops.reshape(x, (-1, x.shape[-1])), steps)
-        return ops.reshape(matrix, x.shape)
-
-    def lr_adjust(self, x):
-        return ops.reshape(super().lr_adjust(ops.reshape(x, (-1, x.shape[-1]))), x.shape)
-
-
 def build_optimizer(learning_rate, steps):
     """Muon whose learning rate rises linearly, then falls along a cosine to zero, over `steps`."""
     warmup = int(WARMUP * steps)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, steps - warmup), warmup_target=learning_rate, warmup_steps=warmup
     )
-    return ConvolutionMuon(schedule, weight_decay=WEIGHT_DECAY, adam_weight_decay=WEIGHT_DECAY)
+    return util.ConvolutionMuon(schedule, weight_decay=WEIGHT_DECAY, adam_weight_decay=WEIGHT_DECAY)
 
 
 def train(args, data, inputs):

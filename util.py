@@ -810,6 +810,25 @@ def ssim(clean, denoised):
     return keras.ops.convert_to_numpy(keras.ops.image.ssim(*pairs, max_val=255.0))
 
 
+class ConvolutionMuon(keras.optimizers.Muon):
+    """Muon for 3x3 convolutions, each kernel taken as a matrix (9 * in, out); the rest is left to AdamW.
+
+    Keras leaves all convolutions to AdamW. Jordan et al., "Muon: An optimizer for hidden layers in neural
+    networks", 2024; the length of a step is by default that of Liu et al., "Muon is Scalable for LLM
+    Training", 2025: 0.2 times the learning rate per weight, about that of Adam.
+    """
+
+    def _should_use_adamw(self, variable):
+        return len(variable.shape) != 4 or variable.shape[:2] != (3, 3)
+
+    def zeropower_via_newtonschulz5(self, x, steps):
+        matrix = super().zeropower_via_newtonschulz5(keras.ops.reshape(x, (-1, x.shape[-1])), steps)
+        return keras.ops.reshape(matrix, x.shape)
+
+    def lr_adjust(self, x):
+        return keras.ops.reshape(super().lr_adjust(keras.ops.reshape(x, (-1, x.shape[-1]))), x.shape)
+
+
 class Checkpoint(keras.callbacks.Callback):
     """Keep, after every epoch, all that is needed to go on, and the best weights so far.
 

@@ -33,25 +33,6 @@ def test_whitening_decorrelates_patches():
     np.testing.assert_allclose(np.cov(responses, rowvar=False), np.eye(12), atol=0.1)
 
 
-def test_muon_takes_a_kernel_as_keras_takes_its_matrix():
-    rng = np.random.default_rng(0)
-    start, gradient = (rng.normal(size=(3, 3, 4, 8)).astype(np.float32) for _ in range(2))
-    after = []
-    for optimizer, shape in ((classifier.ConvolutionMuon, (3, 3, 4, 8)), (keras.optimizers.Muon, (36, 8))):
-        variable = keras.Variable(start.reshape(shape))
-        optimizer(0.1).apply([keras.ops.reshape(gradient, shape)], [variable])
-        after.append(keras.ops.convert_to_numpy(variable).reshape(start.shape))
-    np.testing.assert_allclose(*after, atol=1e-5)
-    assert np.abs(after[0] - start).max() > 0.01
-
-
-def test_muon_leaves_vectors_and_the_dense_layer_to_adamw():
-    model = classifier.build_classifier((8, 8, 5), 2, (1, 2, 2))
-    optimizer = classifier.ConvolutionMuon(0.1)
-    kinds = {len(variable.shape): optimizer._should_use_adamw(variable) for variable in model.variables}
-    assert kinds == {4: False, 1: True, 2: True}
-
-
 def test_accuracy_interval_is_that_of_wilson():
     # Brown, Cai, DasGupta, "Interval Estimation for a Binomial Proportion", 2001, equation 4, by hand
     labels = np.zeros(10, int)

@@ -224,6 +224,25 @@ def test_second_run_of_a_name_is_refused(tmp_path):
         pass
 
 
+def test_muon_takes_a_kernel_as_keras_takes_its_matrix():
+    rng = np.random.default_rng(0)
+    start, gradient = (rng.normal(size=(3, 3, 4, 8)).astype(np.float32) for _ in range(2))
+    after = []
+    for optimizer, shape in ((util.ConvolutionMuon, (3, 3, 4, 8)), (keras.optimizers.Muon, (36, 8))):
+        variable = keras.Variable(start.reshape(shape))
+        optimizer(0.1).apply([keras.ops.reshape(gradient, shape)], [variable])
+        after.append(keras.ops.convert_to_numpy(variable).reshape(start.shape))
+    np.testing.assert_allclose(*after, atol=1e-5)
+    assert np.abs(after[0] - start).max() > 0.01
+
+
+def test_muon_leaves_all_but_3x3_kernels_to_adamw():
+    optimizer = util.ConvolutionMuon(0.1)
+    shapes = ((3, 3, 4, 8), (2, 2, 3, 8), (1, 1, 8, 8), (3, 3), (8, 2), (8,))
+    left = [optimizer._should_use_adamw(keras.Variable(np.zeros(shape))) for shape in shapes]
+    assert left == [False, True, True, True, True, True]
+
+
 def test_checkpoint_keeps_best_and_last(tmp_path):
     model = small_model()
     model.compile("sgd", "mse")
