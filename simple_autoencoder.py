@@ -9,7 +9,7 @@
 
 Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
 models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
-GIFs. A training of CIFAR-10 with the defaults takes 34 minutes on two CPU cores with AVX512-BF16.
+GIFs. A training of CIFAR-10 with the defaults takes 53 minutes on two CPU cores with AVX512-BF16.
 
 The encoder maps the noisy image to mean and log-variance of a Gaussian code z on a grid, one code for every
 2x2 pixels; the decoder maps a code to the clean image. All information passes through z.
