@@ -8,7 +8,8 @@ Every test image looks for its nearest training images in the space of pixels, o
 of the feature maps of saved encoders, when it is clean, noisy and denoised; a linear support vector machine
 is trained on the same spaces. Prints a table of accuracies and writes `figures/knn_DATASET_accuracy.png`,
 `figures/knn_DATASET_neighbours.png`, `figures/knn_DATASET_clusters.png` (k-means on the feature maps), with
-`models/kmeans_ENCODER_{centroids,labels}.npy`; `logs/knn_DATASET.json`; and feature maps for the next time.
+`models/kmeans_knn_DATASET_ENCODER_{centroids,labels}.npy`; `logs/knn_DATASET.json`; and feature maps for the
+next time.
 """
 
 import argparse
@@ -179,8 +180,9 @@ def cluster_all(stage, args, data, space_of):
         rows.append(cluster_row(space, labels, kmeans.labels_))
         if space in args.encoders:
             gallery[space] = members
-            np.save(stage / f"models/kmeans_{space}_centroids.npy", kmeans.cluster_centers_)
-            np.save(stage / f"models/kmeans_{space}_labels.npy", kmeans.labels_)
+            kept = f"kmeans_{args.name}_{space}"
+            np.save(stage / f"models/{kept}_centroids.npy", kmeans.cluster_centers_)
+            np.save(stage / f"models/{kept}_labels.npy", kmeans.labels_)
     return rows, gallery
 
 

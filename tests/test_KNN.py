@@ -76,8 +76,8 @@ def test_what_is_printed_and_written(compared):
         assert sum(f" {space} |" in line for line in printed.splitlines()) >= 2
     for kind in ("accuracy", "neighbours", "clusters"):
         assert (out / f"figures/knn_photos_{kind}.png").stat().st_size > 10_000
-    centroids = np.load(out / "models/kmeans_simple_photos_centroids.npy")
-    labels = np.load(out / "models/kmeans_simple_photos_labels.npy")
+    centroids = np.load(out / "models/kmeans_knn_photos_simple_photos_centroids.npy")
+    labels = np.load(out / "models/kmeans_knn_photos_simple_photos_labels.npy")
     assert centroids.shape == (3, 4 * 4 * 48)
     assert labels.shape == (400,)
     images = load_data("photos", limit=400).images["train"]
@@ -135,7 +135,7 @@ def test_unlabelled_images_are_clustered_from_their_file(encoders, tmp_path, mon
     )
     printed = capsys.readouterr().out
     assert sum("no labels" in line for line in printed.splitlines()) == 2
-    assert np.load(encoders / "models/kmeans_simple_photos_labels.npy").shape == (40,)
+    assert np.load(encoders / "models/kmeans_k_simple_photos_labels.npy").shape == (40,)
 
 
 def test_svm_separates_what_a_line_separates():
