@@ -12,8 +12,7 @@ code for every 4x4 pixels, where the receptive field soon covers a whole object.
 with level one frozen (greedy, as in Vincent et al., "Stacked Denoising Autoencoders", JMLR 2010), then both
 levels are tuned together. Level one's code still reaches the decoder beside level two's, so that the stack
 starts at the simple model's PSNR. Writes the same files as `simple_autoencoder.py`, under the name
-`stacked_DATASET`. A training of CIFAR-10 with the defaults takes 65 minutes on two CPU cores with
-AVX512-BF16.
+`stacked_DATASET`. A training of CIFAR-10 with the defaults takes an hour on two CPU cores with AVX512-BF16.
 """
 
 import simple_autoencoder as simple

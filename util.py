@@ -15,6 +15,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -28,6 +29,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at length
+logging.getLogger("tensorflow").setLevel(logging.ERROR)  # and warns of every new model's first prediction
 
 try:
     import h5py
