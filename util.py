@@ -1027,6 +1027,8 @@ def rows_figure(rows, title="", cell=1.35):
 def curves_figure(panels, title="", ticks=None):
     """Draw curves in panels side by side, a label in one colour throughout, with the legend below them.
 
+    Every second label is dashed and lies above the others, so that neighbours which coincide both show.
+
     Args:
         panels: List of (x label, y label, {curve label: (x values, y values)}).
         title: Title of the figure.
@@ -1044,8 +1046,9 @@ def curves_figure(panels, title="", ticks=None):
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         for label, (x, y) in curves.items():
-            marker, colour = "o" if len(x) < 40 else "", f"C{labels.index(label)}"
-            (lines[label],) = axis.plot(x, y, color=colour, marker=marker, markersize=3)
+            index, marker = labels.index(label), "o" if len(x) < 40 else ""
+            style = {"linestyle": "--", "zorder": 3} if index % 2 else {}
+            (lines[label],) = axis.plot(x, y, color=f"C{index}", marker=marker, markersize=3, **style)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         values = sorted({value for x, _ in curves.values() for value in x})
         few = ticks or len(values) <= 8
