@@ -676,7 +676,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class LabelledBatches(Batches):
-    """Feed a classifier with clean images, shifted, zoomed and mirrored, and with one-hot labels.
+    """Feed a classifier with clean images, shifted, mirrored, zoomed or cut out of, and with one-hot labels.
 
     Mirroring alternates: what one epoch mirrors, the next one does not, so that any two epochs show each
     image both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
@@ -698,12 +698,15 @@ class LabelledBatches(Batches):
         if batch.dtype == np.uint8:
             mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
             batch[mirrored] = batch[mirrored, :, ::-1]
-            batch = shift_and_zoom(batch, np.random.default_rng((self.seed, self.epoch, index)))
+            batch = shift_zoom_or_cut_out(batch, np.random.default_rng((self.seed, self.epoch, index)))
         return to_float(batch), self.one_hot[chosen]
 
 
-def shift_and_zoom(images, rng):
-    """Shift images by up to a sixteenth of their side, and enlarge half of them by up to a third.
+def shift_zoom_or_cut_out(images, rng):
+    """Shift images by up to a sixteenth of their side; enlarge half of them, cut a square out of the others.
+
+    They are enlarged by up to a third; the square has a quarter of their side and becomes grey (DeVries,
+    Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017).
 
     Args:
         images: uint8 array (N, side, side, 3).
@@ -714,14 +717,20 @@ def shift_and_zoom(images, rng):
     """
     side, margin = images.shape[1], images.shape[1] // 16
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
-    shown = np.where(rng.random(len(images)) < 0.5, side, side * rng.uniform(0.75, 1, len(images)))
+    enlarged = rng.random(len(images)) < 0.5
+    shown = np.where(enlarged, side * rng.uniform(0.75, 1, len(images)), side)
     corners = rng.random((len(images), 2)) * (side + 2 * margin - shown)[:, None]
     # whole pixels where nothing is enlarged: those images stay sharp
-    corners = np.where(shown[:, None] == side, corners.round(), corners)
+    corners = np.where(enlarged[:, None], corners, corners.round())
+    hole = side // 4
+    holes = rng.integers(0, side - hole + 1, (len(images), 2))
     result = np.empty_like(images)
     for index, (image, (left, top), width) in enumerate(zip(padded, corners, shown, strict=True)):
         box = (left, top, left + width, top + width)
         result[index] = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box)
+        if not enlarged[index]:
+            row, column = holes[index]
+            result[index, row : row + hole, column : column + hole] = 128
     return result
 
 

@@ -456,8 +456,14 @@ def describe_run(args, data, rows, monitor):
         "data": {"name": data.name, "checksums": data.checksums},
         "training_seconds": round(sum(row["seconds"] for row in rows)),
         "epochs": len(rows),
-        "best": max(rows, key=lambda row: row[monitor]),
+        "best": best_row(rows, monitor),
     }
+
+
+def best_row(rows, monitor):
+    """Metrics of the best epoch: that of the smallest loss, or the largest other metric; None without any."""
+    choose = min if monitor.endswith("loss") else max
+    return choose(rows, key=lambda row: row[monitor], default=None)
 
 
 def portable_arguments(args):
@@ -840,7 +846,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     Args:
         folder: Where to keep `checkpoint.weights.h5`, `best.weights.h5` and `epochs.csv`.
-        monitor: Metric of the validation split to be maximized.
+        monitor: Metric of the validation split that tells the best epoch, as in `best_row`.
     """
 
     def __init__(self, folder, monitor):
@@ -848,11 +854,6 @@ class Checkpoint(keras.callbacks.Callback):
         self.folder, self.monitor = Path(folder), monitor
         self.path, self.best_path = self.folder / "checkpoint.weights.h5", self.folder / "best.weights.h5"
         self.rows = []
-
-    @property
-    def best(self):
-        """The row of the best epoch so far; None before the first."""
-        return max(self.rows, key=lambda row: row[self.monitor], default=None)
 
     def restore(self):
         """Load the checkpoint, if there is one, into the model of `set_model`, built and compiled.
@@ -888,7 +889,7 @@ class Checkpoint(keras.callbacks.Callback):
         row["seconds"] = round(time.monotonic() - self._started, 1)
         if not np.isfinite(row[self.monitor]):
             raise FloatingPointError(f"{self.monitor} is {row[self.monitor]} after epoch {epoch + 1}")
-        if self.best is None or row[self.monitor] > self.best[self.monitor]:
+        if best_row([*self.rows, row], self.monitor) is row:
             with atomic(self.best_path) as path:
                 write_weights(path, self.model)
         self.rows.append(row)
@@ -949,7 +950,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         validation: Inputs and targets that are measured after every epoch.
         epochs: Passes over the training images, those of the checkpoint included.
         folder: Working folder of the run, `training_folder`.
-        monitor: Metric of the validation split to be maximized.
+        monitor: Metric of the validation split that tells the best epoch, as in `best_row`.
         callbacks: Further callbacks, called before the checkpoint is written.
         stage: Name of this stage, where a training has several.
 

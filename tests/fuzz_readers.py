@@ -200,7 +200,7 @@ def checkpoint_seeds(out):
         damaged.path = path
         damaged.set_model(small_model())
         damaged.restore()
-        if damaged.rows and damaged.best["val_psnr"] is None:
+        if damaged.rows and util.best_row(damaged.rows, "val_psnr")["val_psnr"] is None:
             raise AssertionError("a damaged history was taken for a good one")
 
     return [(checkpoint.path.read_bytes(), read)]

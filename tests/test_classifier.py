@@ -33,6 +33,18 @@ def test_whitening_decorrelates_patches():
     np.testing.assert_allclose(np.cov(responses, rowvar=False), np.eye(12), atol=0.1)
 
 
+def test_kernels_turn_as_muon_says_and_keep_their_norm():
+    rng = np.random.default_rng(0)
+    start, gradient = (rng.normal(size=(3, 3, 4, 8)).astype(np.float32) for _ in range(2))
+    after = []
+    for optimizer in (classifier.TurningMuon, util.ConvolutionMuon):
+        variable = keras.Variable(start)
+        optimizer(1.0, rms_rate=None).apply([keras.ops.convert_to_tensor(gradient)], [variable])
+        after.append(keras.ops.convert_to_numpy(variable))
+    np.testing.assert_allclose(after[0], after[1] * 8**0.5 / np.linalg.norm(after[1]), atol=1e-5)
+    assert np.abs(after[1] - start).max() > 0.1
+
+
 def test_accuracy_interval_is_that_of_wilson():
     # Brown, Cai, DasGupta, "Interval Estimation for a Binomial Proportion", 2001, equation 4, by hand
     labels = np.zeros(10, int)

@@ -11,7 +11,7 @@ from load_data import (
     add_noise,
     read_cifar10_batch,
     read_picture,
-    shift_and_zoom,
+    shift_zoom_or_cut_out,
 )
 from stl10_input import IMAGE_BYTES
 
@@ -547,7 +547,7 @@ def test_pixels_that_would_be_cut_are_refused(tmp_path):
 
 
 def test_labelled_batches_mirror_each_image_in_every_other_epoch(monkeypatch):
-    monkeypatch.setattr("load_data.shift_and_zoom", lambda images, rng: images)
+    monkeypatch.setattr("load_data.shift_zoom_or_cut_out", lambda images, rng: images)
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     labels = np.arange(20) % 4
     batches = LabelledBatches(images, labels, 4, 5, seed=1)
@@ -568,22 +568,29 @@ def test_labelled_batches_mirror_each_image_in_every_other_epoch(monkeypatch):
     assert 0 < sum(flips[0] for flips in mirrored.values()) < 20
 
 
-def test_shift_and_zoom_moves_whole_pixels_or_enlarges():
+def test_images_are_shifted_by_whole_pixels_and_cut_out_of_or_enlarged():
     # every pixel tells where it is
     rows, columns = np.mgrid[0:32, 0:32] * 4
     image = np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
-    images = shift_and_zoom(image[None].repeat(200, axis=0), np.random.default_rng(0))
+    images = shift_zoom_or_cut_out(image[None].repeat(200, axis=0), np.random.default_rng(0))
     assert images.shape == (200, 32, 32, 3)
+    grey = (images == 128).all(axis=-1)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-    shifts = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(5) for x in range(5)}
-    shifted = [shifts[image.tobytes()] for image in images if image.tobytes() in shifts]
-    assert 70 < len(shifted) < 130
-    assert len(set(shifted)) > 15
-    inside = images[:, 8:24, 8:24, :2].astype(float)
+    shifts = [(padded[y : y + 32, x : x + 32], (y, x)) for y in range(5) for x in range(5)]
+    found = []
+    for shifted, hole in zip(images, grey, strict=True):
+        found.append([shift for whole, shift in shifts if (whole[~hole] == shifted[~hole]).all()])
+    cut_out = np.array([bool(matches) for matches in found])
+    assert 70 < cut_out.sum() < 130
+    assert len({matches[0] for matches in found if matches}) > 15
+    for hole in grey[cut_out]:  # a square of 8 pixels
+        assert hole.sum() == 64
+        assert hole.any(axis=0).sum() == hole.any(axis=1).sum() == 8
+    assert not grey[~cut_out].any()
+    inside = images[~cut_out, 8:24, 8:24, :2].astype(float)
     slopes = np.gradient(inside[..., 0], axis=1).mean(axis=(1, 2)) / 4
-    enlarged = [s for s, i in zip(slopes, images, strict=True) if i.tobytes() not in shifts]
-    assert 0.74 < min(enlarged) < 0.8
-    assert 0.95 < max(enlarged) < 1.01
+    assert 0.74 < min(slopes) < 0.8
+    assert 0.95 < max(slopes) < 1.01
 
 
 def test_feature_maps_are_fed_as_they_are():
