@@ -154,7 +154,7 @@ def train(args, data, base):
     if kept == "greedy":
         print("The joint stage has not gained: the weights of the greedy stage are kept.")
         vae.set_weights(weights["greedy"])
-    best = max((row for row in rows if row["stage"] == kept), key=lambda row: row["val_psnr"])
+    best = util.best_row([row for row in rows if row["stage"] == kept], "val_psnr")
     return vae, rows, {"base": base, "validation_psnr": stages, "best": best}
 
 
