@@ -26,7 +26,7 @@ import keras
 from keras import layers
 
 LIMITS = (500, 2000, 10_000, 49_000)
-STEPS = 4800
+STEPS = 3200  # an epoch of the 49,000
 SIGMA = 25
 
 
