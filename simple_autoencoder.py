@@ -376,7 +376,7 @@ def load_classifier(args, data, cell):
         raise util.ModelError(
             f"{path}: classifies {expected}, not images {given}; choose another --classifier"
         )
-    return model
+    return util.copy_in_policy(model)
 
 
 def fit(vae, data, args, epochs, stage="", epochs_before=0):

@@ -523,6 +523,18 @@ def portable_copy(model):
     return copy
 
 
+def copy_in_policy(model):
+    """Copy of a functional model in the global dtype policy, but for its last layer, which is float32."""
+
+    def clone(layer):
+        policy = "float32" if layer is model.layers[-1] else keras.config.dtype_policy()
+        return type(layer).from_config(layer.get_config() | {"dtype": policy})
+
+    copy = keras.models.clone_model(model, clone_function=clone)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
 def _halved(weight):
     """A weight as float16, unless that cannot hold it: half the file, for rounding that shows nowhere."""
     return weight.astype(np.float16 if np.abs(weight).max(initial=0) < HALF_MAX else np.float32)

@@ -128,6 +128,19 @@ def saved(tmp_path):
     return tmp_path
 
 
+def test_copy_computes_in_the_policy_until_its_last_layer():
+    model = small_model()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        copied = util.copy_in_policy(model)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert [layer.compute_dtype for layer in copied.layers[1:]] == ["bfloat16", "float32"]
+    images = random_images(2, 8, 8, 3) / np.float32(255)
+    exact, rounded = (one.predict(images, verbose=0) for one in (model, copied))
+    assert 0 < np.abs(exact - rounded).max() < 0.01 * np.abs(exact).max()
+
+
 def test_missing_model_lists_those_that_are_there(saved):
     with pytest.raises(ModelError, match="autoencoder_large.json: not found; there is small$"):
         util.load_model(saved, "large", "autoencoder")
