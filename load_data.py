@@ -35,6 +35,7 @@ from util import (
     to_uint8,
 )
 
+import imageio.v3 as iio
 import keras
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
@@ -329,8 +330,8 @@ def read_pixels(path):
         `icc_profile`, its colour profile, and `exif`, without the orientation; both bytes.
 
     Raises:
-        OSError: not an image, one of several frames, of floating point or 32 bits, or a TIFF whose colours
-            have 16 bits.
+        OSError: not an image, one of several frames, of floating point or 32 bits, or of 16 bits in a TIFF
+            that is neither grey nor plain RGB.
     """
     with Image.open(path) as image:
         image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
@@ -340,12 +341,14 @@ def read_pixels(path):
             raise OSError("floating point pixels")
         grey_depth = image.mode.startswith("I")  # more than 8 bits
         deep = not grey_depth and _bits(image) > 8
-        if deep and image.format != "PNG":
-            raise OSError(f"colours of {_bits(image)} bits are read of PNG only; convert it")
-        image.load()  # which turns a TIFF upright and forgets its orientation
+        deep_tiff = deep and image.format == "TIFF"
+        if not deep_tiff:
+            image.load()  # which turns a TIFF upright and forgets its orientation
         orientation, exif = _orientation_and_exif(image)
         profile = image.info.get("icc_profile") if image.mode != "CMYK" else None
-        if deep:  # colours of 16 bits, which Pillow would cut to 8
+        if deep_tiff:
+            pixels = _deep_tiff_pixels(path, image)
+        elif deep:  # colours of 16 bits, which Pillow would cut to 8
             pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
         elif grey_depth:
             pixels = np.asarray(image)
@@ -367,6 +370,17 @@ def _bits(image):
     if image.format == "TIFF":
         return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
     return 16 if image.format == "PNG" and "16" in str(image.tile[0][3]) else 8
+
+
+def _deep_tiff_pixels(path, image):
+    """The colours of a TIFF of 16 bits, which Pillow would cut to 8; `image` is what it makes of the file."""
+    premultiplied = image.tag_v2.get(TiffImagePlugin.EXTRASAMPLES) == (1,)
+    if image.mode not in ("RGB", "RGBA") or premultiplied:
+        raise OSError("colours of 16 bits that are not plain RGB; convert it")
+    pixels = iio.imread(path, plugin="tifffile")
+    if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:  # channels first
+        pixels = np.moveaxis(pixels, 0, -1)
+    return pixels[..., : len(image.mode)]
 
 
 def _orientation_and_exif(image):
@@ -406,10 +420,16 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
     channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
     with atomic(path) as temporary:
         if pixels.dtype == np.uint16 and channels.shape[2] > 1:
-            if suffix != ".png":
-                raise OSError(f"{path}: colours of 16 bits are written as .png only; choose that")
-            encoded = _tensorflow_io().encode_png(channels).numpy()
-            temporary.write_bytes(_with_metadata(encoded, **metadata))
+            if suffix == ".png":
+                encoded = _tensorflow_io().encode_png(channels).numpy()
+                temporary.write_bytes(_with_metadata(encoded, **metadata))
+            elif channels.shape[2] == 2:
+                raise OSError(f"{path}: grey of 16 bits with transparency is written as .png only")
+            else:
+                profile = metadata.get("icc_profile")
+                options = {"compression": "zlib", "iccprofile": profile, "metadata": None}
+                alphas = [2] * (channels.shape[2] - 3)  # 2: not multiplied into the colours
+                iio.imwrite(temporary, channels, plugin="tifffile", extrasamples=alphas, **options)
         else:
             image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
             image.save(temporary, **({"quality": 95} if jpeg else {}), **metadata)

@@ -408,7 +408,8 @@ PIXELS = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), np.uint16)
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 @pytest.mark.parametrize(
-    ("channels", "suffix"), [(1, ".png"), (2, ".png"), (3, ".png"), (4, ".png"), (1, ".tif"), (3, ".webp")]
+    ("channels", "suffix"),
+    [(1, ".png"), (2, ".png"), (3, ".png"), (4, ".png"), (1, ".tif"), (3, ".tif"), (4, ".tif"), (3, ".webp")],
 )
 def test_pixels_are_written_and_read_without_loss(tmp_path, channels, suffix, depth):
     path = tmp_path / f"a picture ä{suffix}"
@@ -517,26 +518,49 @@ def test_pixels_that_a_format_cannot_hold_are_refused(tmp_path):
     for name in ("a.xyz", "a"):
         with pytest.raises(OSError, match=f"{name}: no format to write has this ending; choose .png"):
             load_data.write_pixels(tmp_path / name, np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(OSError, match="16 bits are written as .png only"):
-        load_data.write_pixels(tmp_path / "a.tif", np.zeros((2, 2, 3), np.uint16))
+    with pytest.raises(OSError, match="grey of 16 bits with transparency is written as .png only"):
+        load_data.write_pixels(
+            tmp_path / "a.tif", np.zeros((2, 2, 1), np.uint16), np.zeros((2, 2), np.uint16)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-def colours_of_16_bits_tiff(path, pixels):
+def colours_of_16_bits_tiff(path, pixels, **more):
+    """Write a TIFF of uint16 pixels (H, W, C) as they are, and more tags by their names."""
     height, width, channels = pixels.shape
     tags = {256: width, 257: height, 258: (16,) * channels, 259: 1, 262: 2, 277: channels, 278: height}
-    head, end = b"II*\0\x08\0\0\0", 0
-    for _ in range(2):  # once to know where the tags end
-        directory = TiffImagePlugin.ImageFileDirectory_v2(head)
-        directory.update(tags | {273: end, 279: pixels.nbytes})
-        end = len(head) + len(directory.tobytes(len(head)))
-    path.write_bytes(head + directory.tobytes(len(head)) + pixels.astype("<u2").tobytes())
+    tags |= {getattr(ExifTags.Base, name).value: value for name, value in more.items()}
+    planes = np.split(pixels, channels, axis=2) if more.get("PlanarConfiguration") == 2 else [pixels]
+    tags[273] = tuple(index * planes[0].nbytes for index in range(len(planes)))  # from the tags' end on
+    tags[279] = (planes[0].nbytes,) * len(planes)
+    head = b"II*\0\x08\0\0\0"
+    directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+    directory.update(tags)
+    content = b"".join(plane.astype("<u2").tobytes() for plane in planes)
+    path.write_bytes(head + directory.tobytes(len(head)) + content)
+
+
+@pytest.mark.parametrize("planar", [1, 2])
+def test_colours_of_16_bits_are_read_of_any_plain_tiff(tmp_path, planar):
+    path = tmp_path / "a.tif"
+    for channels, extra in ((3, ()), (4, 0), (4, 2)):
+        pixels = PIXELS[..., :channels]
+        colours_of_16_bits_tiff(path, pixels, PlanarConfiguration=planar, ExtraSamples=extra)
+        colours, alpha, _ = load_data.read_pixels(path)
+        np.testing.assert_array_equal(colours, pixels[..., :3])
+        assert (alpha is None) == (extra != 2)
+    np.testing.assert_array_equal(alpha, PIXELS[..., 3])
+    colours_of_16_bits_tiff(path, PIXELS, PlanarConfiguration=planar, ExtraSamples=1)
+    with pytest.raises(OSError, match="colours of 16 bits that are not plain RGB; convert it"):
+        load_data.read_pixels(path)
+
+
+def test_colours_of_a_tiff_of_16_bits_are_turned_upright(tmp_path):
+    colours_of_16_bits_tiff(tmp_path / "a.tif", PIXELS[..., :3], Orientation=6)
+    np.testing.assert_array_equal(load_data.read_pixels(tmp_path / "a.tif")[0], np.rot90(PIXELS[..., :3], -1))
 
 
 def test_pixels_that_would_be_cut_are_refused(tmp_path):
-    colours_of_16_bits_tiff(tmp_path / "a.tif", np.full((4, 5, 3), 1000, np.uint16))
-    with pytest.raises(OSError, match="colours of 16 bits are read of PNG only; convert it"):
-        load_data.read_pixels(tmp_path / "a.tif")
     Image.fromarray(np.full((4, 5), 70_000, np.int32)).save(tmp_path / "b.tif")
     with pytest.raises(OSError, match="pixels of 32 bits"):
         load_data.read_pixels(tmp_path / "b.tif")
