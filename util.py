@@ -748,11 +748,11 @@ def denoise_tiles(model, picture, tile=TILE, draws=None):
     step = stride(model)
     reach = -(-receptive_field(model) // step) * step
     height, width, channels = picture.shape
-    # the model wants whole cells: repeat the last row and column
-    padded = np.pad(picture, ((0, -height % step), (0, -width % step), (0, 0)), mode="edge")
     for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
         first_row, first_column = max(0, top - reach), max(0, left - reach)
-        window = padded[first_row : top + tile + reach, first_column : left + tile + reach]
+        window = picture[first_row : top + tile + reach, first_column : left + tile + reach]
+        # the model wants whole cells: repeat the last row and column
+        window = np.pad(window, [(0, -side % step) for side in window.shape[:2]] + [(0, 0)], mode="edge")
         window = np.repeat(window[None] / peak, 3 // channels, axis=3)
         rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
         mean = squares = 0
