@@ -149,7 +149,9 @@ def train(args, data, inputs):
     batches = LabelledBatches(inputs["train"], data.labels["train"], classes, args.batch_size, args.seed)
     validation = util.to_float(inputs["validation"]), np.eye(classes)[data.labels["validation"]]
     model = build_classifier(validation[0].shape[1:], classes)
-    if not args.features:
+    if args.start:
+        util.start_from(model, args.out, args.start)
+    elif not args.features:
         model.get_layer("whitening").set_weights(whitening(data.sample("train", WHITENED_IMAGES)))
     model.compile(
         optimizer=build_optimizer(args.learning_rate, args.epochs * len(batches)),
@@ -362,7 +364,6 @@ def parse_args(argv=None):
         default=LEARNING_RATE,
         help="learning rate at the start",
     )
-    train.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     again = add_verb("evaluate", help="measure a saved classifier")
     add_data_options(again)
     util.add_saved_run_options(again)

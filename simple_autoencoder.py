@@ -142,20 +142,9 @@ def start_as_identity(encoder, decoder):
 
 
 def start_from(encoder, decoder, out, name):
-    """Set the weights to those of the saved run `name`.
-
-    Raises:
-        util.ModelError: it is missing, damaged or of another architecture.
-    """
-    for part, model in (("encoder", encoder), ("decoder", decoder)):
-        saved = util.load_model(out, name, part)
-        try:
-            model.set_weights(saved.get_weights())
-        except ValueError:
-            path = out / "models" / f"{part}_{name}.json"
-            raise util.ModelError(
-                f"{path}: of another architecture than is to be trained; choose another --start"
-            ) from None
+    """Set the weights to those of the saved run `name`; raises as `util.start_from` does."""
+    util.start_from(encoder, out, name, "encoder")
+    util.start_from(decoder, out, name, "decoder")
 
 
 def build_autoencoder(encoder, decoder):
@@ -878,15 +867,11 @@ def add_train_options(parser):
         help="train for pictures in files: also on grey ones, and on noise whose colour JPEG has blurred",
     )
     parser.add_argument(
-        "--start", type=util.run_name, metavar="NAME", help="saved run to go on from, as in fine-tuning"
-    )
-    parser.add_argument(
         "--classifier",
         type=util.run_name,
         metavar="NAME",
         help="saved classifier that should take denoised images for what it takes clean ones for",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
 def add_evaluate_options(parser):

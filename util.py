@@ -93,6 +93,10 @@ def add_training_options(parser, epochs, batch_size):
         default=fast_precision(),
         help="arithmetic of training; the default here is what this machine is fastest at",
     )
+    parser.add_argument(
+        "--start", type=run_name, metavar="NAME", help="saved run to go on from, as in fine-tuning"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
 def add_saved_run_options(parser):
@@ -629,6 +633,26 @@ def load_model(out, run, part=None):
             f"{weights}: not the weights of {architecture} ({first_line(error)}); restore it"
         ) from None
     return model
+
+
+def start_from(model, out, run, part=None):
+    """Set the weights of a model to those of a saved one, to go on from there.
+
+    Args:
+        model: `keras.Model`.
+        out, run, part: As of `load_model`.
+
+    Raises:
+        ModelError: as of `load_model`, or the saved one is of another architecture.
+    """
+    saved = load_model(out, run, part)
+    try:
+        model.set_weights(saved.get_weights())
+    except ValueError:
+        path = Path(out) / "models" / (f"{part}_{run}.json" if part else f"{run}.json")
+        raise ModelError(
+            f"{path}: of another architecture than is to be trained; choose another --start"
+        ) from None
 
 
 def first_line(error):

@@ -151,6 +151,19 @@ def test_interrupted_training_resumes_to_the_same_weights(classified, tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_training_goes_on_from_a_saved_classifier(classified, tmp_path):
+    out = shutil.copytree(classified[0], tmp_path / "out")
+    arguments = [*ARGUMENTS, f"--out={out}", "--start=classifier_photos", "--epochs=1"]
+    classifier.main([*arguments, "--name=classifier_again", "--learning-rate=1e-9"])
+    saved = [util.load_model(out, name) for name in ("classifier_photos", "classifier_again")]
+    for before, after in zip(*(model.trainable_variables for model in saved), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-3)
+    assert util.read_record(out, "classifier_again")["arguments"]["start"] == "classifier_photos"
+    np.testing.assert_array_equal(*(model.get_layer("whitening").kernel for model in saved))
+    with pytest.raises(util.ModelError, match="classifier_photos.json: of another architecture"):
+        util.start_from(classifier.build_classifier((48, 48, 3), 2, (8, 8, 8)), out, "classifier_photos")
+
+
 def test_what_does_not_fit_is_told(classified, tmp_path):
     out = shutil.copytree(classified[0], tmp_path / "out")
     evaluate = ["evaluate", "--dataset=photos", f"--out={out}"]
