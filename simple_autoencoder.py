@@ -743,12 +743,14 @@ def denoise_pixels(model, pixels, strength=1.0, draws=None):
     advance = util.progress(tiles, "tiles") if tiles > 1 else lambda: None
     total = squares = 0.0
     for rows, columns, denoised, deviation in util.denoise_tiles(model, pixels, tile, draws):
-        before = pixels[rows, columns] / peak
+        before = pixels[rows, columns] / np.float32(peak)
         after = before + strength * (np.clip(denoised, 0, 1) - before)
         result[rows, columns] = np.round(after * peak)
         if draws:
             deviations[rows, columns] = 255 * deviation.mean(axis=2, keepdims=True)
-        total, squares = total + (before - after).sum(), squares + np.square(before - after).sum()
+        removed = before - after
+        total += removed.sum(dtype=np.float64)
+        squares += np.square(removed).sum(dtype=np.float64)
         advance()
     variance = squares / pixels.size - (total / pixels.size) ** 2
     return result, 255 * math.sqrt(max(0.0, variance)), deviations

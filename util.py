@@ -52,7 +52,7 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
 HALF_MAX = float(np.finfo(np.float16).max)
-TILE = 768  # side in pixels: a few hundred megabytes
+TILE = 896  # side in pixels: a few hundred megabytes
 REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
     ((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another folder"),
