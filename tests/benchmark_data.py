@@ -1,13 +1,14 @@
-"""Measure how many training images a denoiser needs: the stacked autoencoder beside a plain DnCNN.
+"""Measure how many training images a denoiser needs: the stacked autoencoder beside plain DnCNNs.
 
     python tests/benchmark_data.py                      # CIFAR-10, 500 to 49,000 images
     python tests/benchmark_data.py --steps 20000        # closer to a full training
 
-Both are trained from scratch, with the same optimizer, noise, steps and images, and take nearly the same
+All are trained from scratch, with the same optimizer, noise, steps and images, and take nearly the same
 arithmetic. Prints PSNR at sigma 25 on the first 1,000 test images, and writes `figures/benchmark_data.png`.
 
 DnCNN is that of Zhang, Zuo, Chen, Meng, Zhang, "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for
-Image Denoising", 2017: 17 convolutions at full resolution, here of 39 filters instead of 64.
+Image Denoising", 2017: 17 convolutions at full resolution, here of 39 filters instead of 64. Its batch
+normalization mixes images of all noise levels here, so the same network without it is trained too.
 """
 
 import argparse
@@ -46,16 +47,22 @@ class FeedForward(simple.DenoisingVAE):
         return self.decoder(self.noisy(images) if training else images), [], []
 
 
-def dncnn(seed, filters=39, convolutions=17):
-    """DnCNN, untrained."""
+def dncnn(seed, filters=39, convolutions=17, normalize=True):
+    """DnCNN, untrained; without batch normalization, its convolutions have a bias instead."""
     image = x = keras.Input((None, None, 3))
     x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
     for _ in range(convolutions - 2):
-        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
-        x = layers.Activation("relu")(layers.BatchNormalization()(x))
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=not normalize)(x)
+        x = layers.BatchNormalization()(x) if normalize else x
+        x = layers.Activation("relu")(x)
     residual = layers.Conv2D(3, 3, padding="same", dtype="float32")(x)
     network = keras.Model(image, layers.Add(dtype="float32")([image, residual]))
     return FeedForward(None, network, seed=seed)
+
+
+def dncnn_without_bn(seed):
+    """DnCNN without batch normalization, untrained."""
+    return dncnn(seed, normalize=False)
 
 
 def endless(batches):
@@ -99,7 +106,7 @@ def main(argv=None):
     rows, costs = [], {}
     for limit in args.limits:
         rows.append({"training images": limit})
-        for build in (stacked, dncnn):
+        for build in (stacked, dncnn, dncnn_without_bn):
             keras.config.set_dtype_policy(util.fast_precision())
             model = trained(build, data.images[data.denoiser_split][:limit], args)
             keras.config.set_dtype_policy("float32")
