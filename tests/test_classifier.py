@@ -16,7 +16,7 @@ import pytest
 from conftest import run, start, table_rows
 
 # enough training images for both classes
-ARGUMENTS = ["--dataset=photos", "--limit=400", "--batch-size=100", "--precision=float32"]
+ARGUMENTS = ["--dataset=photos", "--limit=400", "--batch-size=100", "--precision=float32", "--epochs=2"]
 
 
 def test_whitening_decorrelates_patches():
@@ -45,6 +45,21 @@ def test_kernels_turn_as_muon_says_and_keep_their_norm():
     assert np.abs(after[1] - start).max() > 0.1
 
 
+def test_averaged_weights_get_statistics_of_their_own():
+    rng = np.random.default_rng(0)
+    model = classifier.build_classifier((16, 16, 3), 2, (8, 8, 8))
+    weights = [[rng.normal(size=part.shape) for part in model.get_weights()] for _ in range(3)]
+    images = rng.random((50, 16, 16, 3), np.float32)
+    classifier.average_weights(model, weights, 100 * [(images, None)])
+    for variable, *parts in zip(model.weights, *weights, strict=True):
+        if "moving" not in variable.name:
+            np.testing.assert_allclose(variable, sum(parts) / 3, atol=1e-6)
+    norm = model.get_layer("convolution_1a_norm")
+    seen = keras.Model(model.inputs, norm.input).predict(images, verbose=0)
+    np.testing.assert_allclose(norm.moving_mean, seen.mean(axis=(0, 1, 2)), atol=0.05 * seen.std())
+    np.testing.assert_allclose(norm.moving_variance, seen.var(axis=(0, 1, 2)), rtol=0.05)
+
+
 def test_accuracy_interval_is_that_of_wilson():
     # Brown, Cai, DasGupta, "Interval Estimation for a Binomial Proportion", 2001, equation 4, by hand
     labels = np.zeros(10, int)
@@ -63,7 +78,7 @@ def test_most_confused_pairs_by_hand():
 def classified(trained, tmp_path_factory):
     """Output folder with simple_photos and a classifier of the photographs, and what its training printed."""
     out = shutil.copytree(trained[0], tmp_path_factory.mktemp("classified") / "out")
-    code, printed, err = run("classifier.py", *ARGUMENTS, "--epochs=3", "--out", out)
+    code, printed, err = run("classifier.py", *ARGUMENTS, "--out", out)
     assert code == 0, err
     return out, printed
 
@@ -81,9 +96,8 @@ def test_run_prints_and_writes_its_results(classified):
     assert f"clean: {shown[0, 'clean']:.2f} (" in printed
     assert f" {shown[50, 'simple_photos']:.2f} (" in lines[3]
     assert shown[0, "clean"] > 60
-    assert [
-        row.split(",")[0] for row in (out / "logs/classifier_photos.csv").read_text().split()[1:]
-    ] == list("123")
+    log = (out / "logs/classifier_photos.csv").read_text().split()
+    assert [row[:4] for row in log[1:]] == ["1,1,", "1,2,", "2,3,", "2,4,"]
     for kind in ("clean_confusion", "noisy_confusion", "denoised_confusion", "sigma", "history"):
         assert iio.imread(out / f"figures/classifier_photos_{kind}.png").std() > 5
 
@@ -118,7 +132,7 @@ def test_evaluate_gives_the_same_again(classified, capsys):
 def test_feature_maps_are_classified_instead_of_images(classified, capsys):
     out = classified[0]
     arguments = ["--dataset=photos", "--features=simple_photos", f"--out={out}"]
-    classifier.main([*arguments, "--limit=400", "--batch-size=100", "--epochs=1"])
+    classifier.main([*arguments, "--limit=400", "--batch-size=100", "--epochs=1", "--rounds=1"])
     printed = capsys.readouterr().out
     name = "classifier_photos_simple_photos"
     assert (out / "feature_maps/simple_photos_train_pool8.h5").exists()
@@ -132,10 +146,11 @@ def test_feature_maps_are_classified_instead_of_images(classified, capsys):
 
 
 def test_interrupted_training_resumes_to_the_same_weights(classified, tmp_path):
-    arguments = [*ARGUMENTS, "--epochs=3", "--out", tmp_path]
+    arguments = [*ARGUMENTS, "--out", tmp_path]
     process = start("classifier.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    while "Epoch 3/3" not in process.stdout.readline():
-        assert process.poll() is None
+    for _ in ("first round", "second round"):
+        while "Epoch 2/2" not in process.stdout.readline():
+            assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
@@ -153,7 +168,7 @@ def test_interrupted_training_resumes_to_the_same_weights(classified, tmp_path):
 
 def test_training_goes_on_from_a_saved_classifier(classified, tmp_path):
     out = shutil.copytree(classified[0], tmp_path / "out")
-    arguments = [*ARGUMENTS, f"--out={out}", "--start=classifier_photos", "--epochs=1"]
+    arguments = [*ARGUMENTS, f"--out={out}", "--start=classifier_photos", "--rounds=1"]
     classifier.main([*arguments, "--name=classifier_again", "--learning-rate=1e-9"])
     saved = [util.load_model(out, name) for name in ("classifier_photos", "classifier_again")]
     for before, after in zip(*(model.trainable_variables for model in saved), strict=True):
