@@ -606,7 +606,7 @@ def load_model(out, run, part=None):
     """
     out = Path(out)
     publish(out, run)
-    name = f"{part}_{run}" if part else run
+    name = _model_name(run, part)
     architecture, weights = out / "models" / f"{name}.json", out / "weights" / f"{name}.weights.h5"
     if not architecture.exists():
         there = ", ".join(saved_runs(out, part)) or "no trained model yet"
@@ -635,6 +635,11 @@ def load_model(out, run, part=None):
     return model
 
 
+def _model_name(run, part):
+    """Name of a model's files: of a part of a run, or of a run that has one model."""
+    return f"{part}_{run}" if part else run
+
+
 def start_from(model, out, run, part=None):
     """Set the weights of a model to those of a saved one, to go on from there.
 
@@ -649,7 +654,7 @@ def start_from(model, out, run, part=None):
     try:
         model.set_weights(saved.get_weights())
     except ValueError:
-        path = Path(out) / "models" / (f"{part}_{run}.json" if part else f"{run}.json")
+        path = Path(out) / "models" / f"{_model_name(run, part)}.json"
         raise ModelError(
             f"{path}: of another architecture than is to be trained; choose another --start"
         ) from None
