@@ -45,7 +45,8 @@ WHITENING_EPSILON = 5e-4  # added to the variances, so that the faintest pattern
 FEATURE_SIDE = 8  # grid that feature maps are averaged to
 
 # optimization
-ROUNDS = 2
+ENLARGED = (0.5, 0.5, 0.25)  # share of the images in each round; further ones as the last
+ROUNDS = len(ENLARGED)
 EPOCHS = 15  # of each round
 BATCH_SIZE = 500
 LEARNING_RATE = 0.12  # share of its norm that the first step turns a kernel by
@@ -204,7 +205,8 @@ def train(args, data, inputs):
         model.get_layer("whitening").set_weights(whitening(data.sample("train", WHITENED_IMAGES)))
     rows, weights = [], []
     for number in range(1, args.rounds + 1):
-        rows += train_round(model, feed(seed=args.seed + number - 1), validation, args, number)
+        batches = feed(seed=args.seed + number - 1, enlarged=ENLARGED[min(number, ROUNDS) - 1])
+        rows += train_round(model, batches, validation, args, number)
         weights.append(model.get_weights())
     if args.rounds > 1:
         average_weights(model, weights, feed(seed=args.seed + args.rounds))

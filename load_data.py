@@ -706,9 +706,11 @@ class LabelledBatches(Batches):
         labels: int64 array (N,).
         classes: Number of classes.
         batch_size, seed: As of `Batches`.
+        enlarged: Share of the images that are enlarged, 0 to 1.
     """
 
-    def __init__(self, images, labels, classes, batch_size, seed=0):
+    def __init__(self, images, labels, classes, batch_size, seed=0, enlarged=0.5):
+        self.enlarged = enlarged
         self.one_hot = np.eye(classes, dtype=np.float32)[labels]
         self.mirrored_first = np.random.default_rng(seed).random(len(images)) < 0.5
         super().__init__(images, batch_size, seed)
@@ -718,12 +720,13 @@ class LabelledBatches(Batches):
         if batch.dtype == np.uint8:
             mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
             batch[mirrored] = batch[mirrored, :, ::-1]
-            batch = shift_zoom_or_cut_out(batch, np.random.default_rng((self.seed, self.epoch, index)))
+            rng = np.random.default_rng((self.seed, self.epoch, index))
+            batch = shift_zoom_or_cut_out(batch, rng, self.enlarged)
         return to_float(batch), self.one_hot[chosen]
 
 
-def shift_zoom_or_cut_out(images, rng):
-    """Shift images by up to a sixteenth of their side; enlarge half of them, cut a square out of the others.
+def shift_zoom_or_cut_out(images, rng, share):
+    """Shift images by up to a sixteenth of their side; enlarge some, cut a square out of the others.
 
     They are enlarged by up to a third; the square has a quarter of their side and becomes grey (DeVries,
     Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017).
@@ -731,13 +734,14 @@ def shift_zoom_or_cut_out(images, rng):
     Args:
         images: uint8 array (N, side, side, 3).
         rng: `numpy.random.Generator`.
+        share: Of the images that are enlarged, 0 to 1.
 
     Returns:
         Array like `images`; what a shift uncovers mirrors the image.
     """
     side, margin = images.shape[1], images.shape[1] // 16
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
-    enlarged = rng.random(len(images)) < 0.5
+    enlarged = rng.random(len(images)) < share
     shown = np.where(enlarged, side * rng.uniform(0.75, 1, len(images)), side)
     corners = rng.random((len(images), 2)) * (side + 2 * margin - shown)[:, None]
     # whole pixels where nothing is enlarged: those images stay sharp

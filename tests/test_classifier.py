@@ -16,7 +16,8 @@ import pytest
 from conftest import run, start, table_rows
 
 # enough training images for both classes
-ARGUMENTS = ["--dataset=photos", "--limit=400", "--batch-size=100", "--precision=float32", "--epochs=2"]
+ARGUMENTS = ["--dataset=photos", "--limit=400", "--batch-size=100", "--precision=float32"]
+ARGUMENTS += ["--epochs=2", "--rounds=2"]
 
 
 def test_whitening_decorrelates_patches():

@@ -571,7 +571,7 @@ def test_pixels_that_would_be_cut_are_refused(tmp_path):
 
 
 def test_labelled_batches_mirror_each_image_in_every_other_epoch(monkeypatch):
-    monkeypatch.setattr("load_data.shift_zoom_or_cut_out", lambda images, rng: images)
+    monkeypatch.setattr("load_data.shift_zoom_or_cut_out", lambda images, rng, share: images)
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     labels = np.arange(20) % 4
     batches = LabelledBatches(images, labels, 4, 5, seed=1)
@@ -592,11 +592,12 @@ def test_labelled_batches_mirror_each_image_in_every_other_epoch(monkeypatch):
     assert 0 < sum(flips[0] for flips in mirrored.values()) < 20
 
 
-def test_images_are_shifted_by_whole_pixels_and_cut_out_of_or_enlarged():
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_images_are_shifted_by_whole_pixels_and_cut_out_of_or_enlarged(share):
     # every pixel tells where it is
     rows, columns = np.mgrid[0:32, 0:32] * 4
     image = np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
-    images = shift_zoom_or_cut_out(image[None].repeat(200, axis=0), np.random.default_rng(0))
+    images = shift_zoom_or_cut_out(image[None].repeat(200, axis=0), np.random.default_rng(0), share)
     assert images.shape == (200, 32, 32, 3)
     grey = (images == 128).all(axis=-1)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
@@ -605,7 +606,7 @@ def test_images_are_shifted_by_whole_pixels_and_cut_out_of_or_enlarged():
     for shifted, hole in zip(images, grey, strict=True):
         found.append([shift for whole, shift in shifts if (whole[~hole] == shifted[~hole]).all()])
     cut_out = np.array([bool(matches) for matches in found])
-    assert 70 < cut_out.sum() < 130
+    assert abs((~cut_out).mean() - share) < 0.1
     assert len({matches[0] for matches in found if matches}) > 15
     for hole in grey[cut_out]:  # a square of 8 pixels
         assert hole.sum() == 64
