@@ -11,7 +11,7 @@ images is a verdict on the denoiser. Prints its accuracy on clean, noisy and den
 pairs that it confuses most. Writes, under the run's name (`classifier_cifar10`), model and weights,
 `figures/NAME_*.png` (confusion matrices, accuracy against sigma, history), a log and a run record.
 
-On CIFAR-10 the defaults take 156 minutes on two CPU cores with AVX512-BF16, then 10 minutes to measure.
+On CIFAR-10 the defaults take 236 minutes on two CPU cores with AVX512-BF16, then 10 minutes to measure.
 
 The network is that of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, a VGG-like one
 behind a fixed whitening of 2x2 patches.
