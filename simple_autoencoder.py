@@ -722,6 +722,19 @@ def evaluate_saved(args, labels):
             util.write_record(stage, args.name, record | results)
 
 
+def blended(pixels, denoised, strength):
+    """Move pixels, uint8 or uint16, towards denoised ones.
+
+    Returns:
+        The new pixels, and the sum of what was removed and of its square.
+    """
+    peak = np.float32(np.iinfo(pixels.dtype).max)
+    before = pixels / peak
+    after = before + strength * (np.clip(denoised, 0, 1) - before)
+    removed = before - after
+    return np.round(after * peak), removed.sum(dtype=np.float64), np.square(removed).sum(dtype=np.float64)
+
+
 def denoise_pixels(model, pixels, strength=1.0, draws=None):
     """Denoise a picture as it is, without adding noise.
 
@@ -735,22 +748,18 @@ def denoise_pixels(model, pixels, strength=1.0, draws=None):
         Array like `pixels`; the standard deviation of what was removed; and that of the draws at each pixel,
         mean over its channels, float16 (H, W, 1), both on the 0-255 scale.
     """
-    peak = np.iinfo(pixels.dtype).max
     result = np.empty_like(pixels)
     deviations = np.zeros((*pixels.shape[:2], 1), np.float16)
     tile = SAMPLING_TILE if draws else util.TILE
-    tiles = math.prod(math.ceil(side / tile) for side in pixels.shape[:2])
-    advance = util.progress(tiles, "tiles") if tiles > 1 else lambda: None
+    count = len(util.tiles(model, pixels.shape, tile))
+    advance = util.progress(count, "tiles") if count > 1 else lambda: None
     total = squares = 0.0
     for rows, columns, denoised, deviation in util.denoise_tiles(model, pixels, tile, draws):
-        before = pixels[rows, columns] / np.float32(peak)
-        after = before + strength * (np.clip(denoised, 0, 1) - before)
-        result[rows, columns] = np.round(after * peak)
+        result[rows, columns], *moments = blended(pixels[rows, columns], denoised, strength)
         if draws:
             deviations[rows, columns] = 255 * deviation.mean(axis=2, keepdims=True)
-        removed = before - after
-        total += removed.sum(dtype=np.float64)
-        squares += np.square(removed).sum(dtype=np.float64)
+        total += moments[0]
+        squares += moments[1]
         advance()
     variance = squares / pixels.size - (total / pixels.size) ** 2
     return result, 255 * math.sqrt(max(0.0, variance)), deviations

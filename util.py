@@ -52,7 +52,7 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
 HALF_MAX = float(np.finfo(np.float16).max)
-TILE = 896  # side in pixels: a few hundred megabytes
+TILE = 1024  # side in pixels: a few hundred megabytes
 REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
     ((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another folder"),
@@ -756,16 +756,71 @@ def denoise(model, noisy, batch_size=250):
     return to_uint8(denoised)
 
 
-def denoise_tiles(model, picture, tile=TILE, draws=None):
-    """Denoise a picture of any size, tile by tile, so that memory is bounded.
+def tile_spans(length, tile, reach, step):
+    """Cut one side of a picture into tiles, each computed from a window with its surroundings.
+
+    Windows are all of one length, since every further shape of input costs TensorFlow time and memory.
+
+    Args:
+        length: Of the side, in pixels.
+        tile: Most of a tile that lies inside.
+        reach: Pixels that a window reaches beyond such a tile to either side, a multiple of `step`.
+        step: What the length of windows and their starts are multiples of.
+
+    Returns:
+        List of (window, tile), slices; the last window may end up to `step` - 1 pixels beyond the side.
+    """
+    count = max(1, math.ceil((length - 2 * reach) / tile))
+    side = math.ceil((length + 2 * reach * (count - 1)) / count / step) * step
+    last = math.ceil((length - side) / step) * step
+    starts = [min(index * (side - 2 * reach), last) for index in range(count)]
+    bounds = [0, *(start + reach for start in starts[1:]), length]
+    return [
+        (slice(start, start + side), slice(*ends))
+        for start, ends in zip(starts, itertools.pairwise(bounds), strict=True)
+    ]
+
+
+def tiles(model, shape, tile=TILE):
+    """Cut a picture into tiles for a model.
 
     Every tile is computed with as much of its surroundings as the model's receptive field reaches: where the
     tiles meet, nothing shows, and the result is that of the whole picture but for rounding.
 
     Args:
         model: Saved `autoencoder`.
+        shape: Of the picture; height and width come first.
+        tile: As of `tile_spans`.
+
+    Returns:
+        List of pairs, for rows and for columns, of what `tile_spans` returns.
+    """
+    step = stride(model)
+    reach = -(-receptive_field(model) // step) * step
+    return list(itertools.product(*(tile_spans(length, tile, reach, step) for length in shape[:2])))
+
+
+def _mean_and_deviation(versions, inside, channels):
+    """Mean and standard deviation of versions (1, h, w, 3) within slices; one channel: of their grey."""
+    mean = squares = 0
+    for count, version in enumerate(versions, start=1):
+        version = np.asarray(version)[0][*inside]
+        if channels == 1:
+            version = version.mean(axis=2, keepdims=True)
+        difference = version - mean
+        mean = mean + difference / count
+        # Welford's sum, since a mean of squares is too coarse in float32
+        squares = squares + difference * (version - mean)
+    return mean, np.sqrt(squares / count)
+
+
+def denoise_tiles(model, picture, tile=TILE, draws=None):
+    """Denoise a picture of any size, tile by tile, so that memory is bounded.
+
+    Args:
+        model: Saved `autoencoder`.
         picture: uint8 or uint16 array (H, W, 3), or (H, W, 1), whose three channels are then averaged.
-        tile: Side of a tile in pixels, a multiple of the model's stride.
+        tile: As of `tile_spans`.
         draws: Function that gives several denoised versions of a window, one after another; by default the
             model's one. Its arguments: the window, float32 (1, h, w, 3), and its top and left in the picture.
 
@@ -774,28 +829,20 @@ def denoise_tiles(model, picture, tile=TILE, draws=None):
         versions, nominally in [0, 1], and their standard deviation.
     """
     peak = np.float32(np.iinfo(picture.dtype).max)
-    step = stride(model)
-    reach = -(-receptive_field(model) // step) * step
-    height, width, channels = picture.shape
-    for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
-        first_row, first_column = max(0, top - reach), max(0, left - reach)
-        window = picture[first_row : top + tile + reach, first_column : left + tile + reach]
+    channels = picture.shape[2]
+    for (window_rows, rows), (window_columns, columns) in tiles(model, picture.shape, tile):
+        window = picture[window_rows, window_columns]
+        first_row, first_column = window_rows.start, window_columns.start
+        beyond = window_rows.stop - picture.shape[0], window_columns.stop - picture.shape[1]
         # the model wants whole cells: repeat the last row and column
-        window = np.pad(window, [(0, -side % step) for side in window.shape[:2]] + [(0, 0)], mode="edge")
+        window = np.pad(window, [(0, max(0, pixels)) for pixels in beyond] + [(0, 0)], mode="edge")
         window = np.repeat(window[None] / peak, 3 // channels, axis=3)
-        rows, columns = slice(top, min(top + tile, height)), slice(left, min(left + tile, width))
-        mean = squares = 0
+        inside = [
+            slice(rows.start - first_row, rows.stop - first_row),
+            slice(columns.start - first_column, columns.stop - first_column),
+        ]
         versions = draws(window, first_row, first_column) if draws else [model.predict_on_batch(window)]
-        for count, version in enumerate(versions, start=1):
-            version = np.asarray(version)[0, rows.start - first_row : rows.stop - first_row]
-            version = version[:, columns.start - first_column : columns.stop - first_column]
-            if channels == 1:
-                version = version.mean(axis=2, keepdims=True)
-            difference = version - mean
-            mean = mean + difference / count
-            # Welford's sum, since a mean of squares is too coarse in float32
-            squares = squares + difference * (version - mean)
-        yield rows, columns, mean, np.sqrt(squares / count)
+        yield rows, columns, *_mean_and_deviation(versions, inside, channels)
 
 
 def endless_normal(key, top, left, shape, block=32):

@@ -368,6 +368,20 @@ def test_receptive_field_bounds_what_a_pixel_changes():
     assert reach <= util.receptive_field(model) <= reach + 1
 
 
+def test_windows_are_of_one_length_and_reach_beyond_their_tiles():
+    for length in range(1, 300):
+        spans = util.tile_spans(length, 32, 8, 4)
+        assert len({window.stop - window.start for window, _ in spans}) == 1
+        assert len(spans) == max(1, -(-(length - 16) // 32))
+        pixels = []
+        for window, tile in spans:
+            assert window.start % 4 == window.stop % 4 == 0
+            assert window.start == 0 or window.start + 8 <= tile.start
+            assert length <= window.stop < length + 4 or tile.stop <= window.stop - 8
+            pixels += range(tile.start, tile.stop)
+        assert pixels == list(range(length))
+
+
 @pytest.mark.parametrize("tile", [16, 32, 256])
 def test_tiles_make_the_whole_picture(tile):
     keras.utils.set_random_seed(0)
