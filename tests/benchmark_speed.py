@@ -5,7 +5,8 @@
 Prints megapixels per second of the verb `denoise` for every autoencoder in `models/`, and for the colour
 network of Zhang, Zuo, Zhang, "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image Denoising",
 2018: twelve 3x3 convolutions of 96 filters at half resolution, with random weights, in the same framework and
-by the same tiles.
+by the same tiles. Then the same for a window of the picture, without tiles: the two ratios differ by what the
+overlap of tiles costs, which is as wide as the receptive field.
 """
 
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 from keras import layers
 
 SIDE = 1536
+WINDOW = 1024
 ROUNDS = 3
 
 
@@ -40,23 +42,26 @@ def main():
     for name in util.saved_runs(util.HERE, "autoencoder"):
         models[name] = util.load_model(util.HERE, name, "autoencoder")
     picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-    seconds = {label: [] for label in models}
+    window = picture[None, :WINDOW, :WINDOW] / np.float32(255)
+    ways = {
+        "": (SIDE, lambda model: simple.denoise_pixels(model, picture)),
+        "window, ": (WINDOW, lambda model: model.predict_on_batch(window)),
+    }
+    seconds = {(way, label): [] for way in ways for label in models}
     for _ in range(1 + ROUNDS):  # the first one compiles; taken in turns, since other work comes and goes
-        for label, model in models.items():
+        for (way, label), times in seconds.items():
             started = time.perf_counter()
-            simple.denoise_pixels(model, picture)
-            seconds[label].append(time.perf_counter() - started)
-    speed = {label: SIDE**2 / 1e6 / min(times[1:]) for label, times in seconds.items()}
-    rows = [
-        {
-            "model": label,
-            "million multiply-accumulates, 32x32": util.multiply_accumulates(model, (32, 32, 3)) / 1e6,
-            "megapixels/s": speed[label],
-            "ratio": speed[label] / speed["FFDNet's shape"],
-        }
-        for label, model in models.items()
-    ]
-    print(f"A picture of {SIDE}x{SIDE}, best of {ROUNDS} rounds; {util.environment()['hardware']}")
+            ways[way][1](models[label])
+            times.append(time.perf_counter() - started)
+    rows = []
+    for label, model in models.items():
+        millions = util.multiply_accumulates(model, (32, 32, 3)) / 1e6
+        rows.append({"model": label, "million multiply-accumulates, 32x32": millions})
+        for way, (side, _) in ways.items():
+            fastest, peer = (min(seconds[way, name][1:]) for name in (label, "FFDNet's shape"))
+            rows[-1] |= {f"{way}megapixels/s": side**2 / 1e6 / fastest, f"{way}ratio": peer / fastest}
+    sizes = f"A picture of {SIDE}x{SIDE}, a window of {WINDOW}x{WINDOW}"
+    print(f"{sizes}, best of {ROUNDS} rounds; {util.environment()['hardware']}")
     print(util.format_table(rows))
 
 
