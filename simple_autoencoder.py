@@ -723,10 +723,16 @@ def evaluate_saved(args, labels):
 
 
 def blended(pixels, denoised, strength):
-    """Move pixels, uint8 or uint16, towards denoised ones.
+    """Move pixels towards denoised ones.
+
+    Args:
+        pixels: uint8 or uint16 array (h, w, 3), or (h, w, 1).
+        denoised: float32 array like `pixels` in shape, nominally in [0, 1].
+        strength: From 0, the pixels themselves, to 1, the denoised ones.
 
     Returns:
-        The new pixels, and the sum of what was removed and of its square.
+        float32 array like `pixels`, in whole numbers of their range; the sum of what was removed, and that of
+        its square, for pixels in [0, 1].
     """
     peak = np.float32(np.iinfo(pixels.dtype).max)
     before = pixels / peak
