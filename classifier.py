@@ -198,7 +198,7 @@ def train(args, data, inputs):
     classes = len(data.class_names)
     feed = partial(LabelledBatches, inputs["train"], data.labels["train"], classes, args.batch_size)
     validation = util.to_float(inputs["validation"]), np.eye(classes)[data.labels["validation"]]
-    model = build_classifier(validation[0].shape[1:], classes)
+    model = build_classifier(validation[0].shape[1:], classes, args.widths)
     if args.start:
         util.start_from(model, args.out, args.start)
     elif not args.features:
@@ -420,6 +420,14 @@ def parse_args(argv=None):
         type=util.number(float, 0),
         default=LEARNING_RATE,
         help="learning rate at the start",
+    )
+    train.add_argument(
+        "--widths",
+        type=util.number(int, 1),
+        nargs=len(WIDTHS),
+        default=WIDTHS,
+        metavar=("W1", "W2", "W3"),
+        help="channels of each pair of convolutions; the first is left out with --features",
     )
     again = add_verb("evaluate", help="measure a saved classifier")
     add_data_options(again)

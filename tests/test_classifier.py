@@ -17,7 +17,7 @@ from conftest import run, start, table_rows
 
 # enough training images for both classes
 ARGUMENTS = ["--dataset=photos", "--limit=400", "--batch-size=100", "--precision=float32"]
-ARGUMENTS += ["--epochs=2", "--rounds=2"]
+ARGUMENTS += ["--epochs=2", "--rounds=2", "--widths", "16", "32", "32"]
 
 
 def test_whitening_decorrelates_patches():
@@ -177,7 +177,7 @@ def test_training_goes_on_from_a_saved_classifier(classified, tmp_path):
     assert util.read_record(out, "classifier_again")["arguments"]["start"] == "classifier_photos"
     np.testing.assert_array_equal(*(model.get_layer("whitening").kernel for model in saved))
     with pytest.raises(util.ModelError, match="classifier_photos.json: of another architecture"):
-        util.start_from(classifier.build_classifier((48, 48, 3), 2, (8, 8, 8)), out, "classifier_photos")
+        classifier.main([*arguments, "--name=classifier_wider", "--widths", "16", "32", "48"])
 
 
 def test_what_does_not_fit_is_told(classified, tmp_path):
