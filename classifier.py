@@ -388,6 +388,8 @@ def write_run(args, model, rows, denoisers, data, represent):
         util.save_figure(history, stage / f"figures/{args.name}_history.png")
         record = util.describe_run(args, data, rows, MONITOR)
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
+        rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]
+        record["best"] = [util.best_row(part, MONITOR) for part in rounds]
         results = evaluate(stage, args, model, denoisers, data, represent)
         util.write_record(stage, args.name, record | results)
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")

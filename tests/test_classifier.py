@@ -99,6 +99,10 @@ def test_run_prints_and_writes_its_results(classified):
     assert shown[0, "clean"] > 60
     log = (out / "logs/classifier_photos.csv").read_text().split()
     assert [row[:4] for row in log[1:]] == ["1,1,", "1,2,", "2,3,", "2,4,"]
+    assert [row["round"] for row in record["best"]] == [1, 2]
+    assert [row["val_loss"] for row in record["best"]] == [
+        min(float(row.split(",")[5]) for row in part) for part in (log[1:3], log[3:5])
+    ]
     for kind in ("clean_confusion", "noisy_confusion", "denoised_confusion", "sigma", "history"):
         assert iio.imread(out / f"figures/classifier_photos_{kind}.png").std() > 5
 
