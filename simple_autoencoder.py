@@ -60,7 +60,7 @@ SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_SHARE, JPEG_SHARE = 0.2, 0.3  # of the training images with --photographs
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 GREY_LEVEL = 1 / 255
-CLASSIFIER_WEIGHT = 0.1  # of the classifier's verdict, with --classifier
+CLASSIFIER_WEIGHT = 1.0  # of the classifiers' verdict, with --classifier
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
 # what is measured and shown
@@ -168,9 +168,10 @@ class DenoisingVAE(keras.Model):
     Decoders", ICML 2021). It values a decibel alike at every sigma, where a plain MSE would hear little but
     the strongest noise. g keeps images without noise from outweighing the rest.
 
-    With a classifier p, the loss has one term more, `classifier_weight * KL(p(clean) || p(denoised))`: what
-    is denoised should be taken for what it is (the stability objective of Salman, Sun, Yang, Kapoor, Kolter,
-    "Denoised Smoothing: A Provable Defense for Pretrained Classifiers", NeurIPS 2020).
+    With classifiers p, the loss has one term more, the mean of `KL(p(clean) || p(denoised))` over them, times
+    `CLASSIFIER_WEIGHT`: what is denoised should be taken for what it is (the stability objective of Salman,
+    Sun, Yang, Kapoor, Kolter, "Denoised Smoothing: A Provable Defense for Pretrained Classifiers", NeurIPS
+    2020).
 
     Args:
         encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
@@ -179,7 +180,7 @@ class DenoisingVAE(keras.Model):
         kl_weight: Weight of the KL term.
         seed: Of noise and samples.
         photographs: Whether the noise of some images is that of `noise_in_files` instead of white.
-        classifier: Saved classifier of clean images, or None; is not trained.
+        classifiers: Saved classifiers of clean images; are not trained.
     """
 
     def __init__(
@@ -190,13 +191,13 @@ class DenoisingVAE(keras.Model):
         kl_weight=KL_WEIGHT,
         seed=0,
         photographs=False,
-        classifier=None,
+        classifiers=(),
     ):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
         self.sigma, self.kl_weight, self.seed, self.photographs = sigma, kl_weight, seed, photographs
-        self.classifier = classifier
-        if classifier:
+        self.classifiers = list(classifiers)
+        for classifier in self.classifiers:
             classifier.trainable = False
         self.random = keras.random.SeedGenerator(seed)
         self.psnr = keras.metrics.Mean("psnr")
@@ -231,14 +232,17 @@ class DenoisingVAE(keras.Model):
         self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.kl.update_state(kl)
         loss = 0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl
-        if self.classifier:
+        if self.classifiers:
             loss += CLASSIFIER_WEIGHT * self.misjudgement(y, denoised)
         return ops.mean(loss)
 
     def misjudgement(self, clean, denoised):
-        """KL(p(clean) || p(denoised)) of each image, p the classifier's probabilities, in nats."""
-        p, q = (self.classifier(ops.clip(images, 0, 1), training=False) for images in (clean, denoised))
-        return ops.sum(p * (ops.log(p + 1e-7) - ops.log(q + 1e-7)), axis=-1)
+        """KL(p(clean) || p(denoised)) of each image in nats, mean over the classifiers' probabilities p."""
+        divergence = 0.0
+        for classifier in self.classifiers:
+            p, q = (classifier(ops.clip(images, 0, 1), training=False) for images in (clean, denoised))
+            divergence += ops.sum(p * (ops.log(p + 1e-7) - ops.log(q + 1e-7)), axis=-1)
+        return divergence / len(self.classifiers)
 
 
 def noise_in_files(clean, noise, in_jpeg):
@@ -334,8 +338,11 @@ def build_vae(encoder, decoder, args, data):
     Raises:
         util.ModelError: as of `load_classifier`.
     """
-    classifier = load_classifier(args, data, util.stride(encoder))
-    return DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs, classifier)
+    shape = whole_cells(data.sample("train", 1), util.stride(encoder)).shape[1:]
+    classifiers = [load_classifier(args.out, name, shape) for name in args.classifier]
+    return DenoisingVAE(
+        encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs, classifiers
+    )
 
 
 def validation_noise(clean, sigma_range):
@@ -350,20 +357,23 @@ def gif_images(data, cell):
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
-def load_classifier(args, data, cell):
-    """Load the classifier of `--classifier`, if it is given.
+def load_classifier(out, name, shape):
+    """Load a classifier that a denoiser is to be tuned for, in the precision that is set for training.
+
+    Args:
+        out: Output folder.
+        name: Of the classifier's run.
+        shape: (H, W, 3) of the images that it has to judge.
 
     Raises:
-        util.ModelError: it is missing or damaged, or classifies something else than the data set's images.
+        util.ModelError: it is missing or damaged, or classifies something else.
     """
-    if not args.classifier:
-        return None
-    model = util.load_model(args.out, args.classifier)
-    expected, given = model.input_shape[1:], whole_cells(data.sample("train", 1), cell).shape[1:]
-    if expected != given:
-        path = args.out / "models" / f"{args.classifier}.json"
+    model = util.load_model(out, name)
+    expected = model.input_shape[1:]
+    if expected != shape:
+        path = out / "models" / f"{name}.json"
         raise util.ModelError(
-            f"{path}: classifies {expected}, not images {given}; choose another --classifier"
+            f"{path}: classifies {expected}, not images {shape}; choose another --classifier"
         )
     return util.copy_in_policy(model)
 
@@ -886,8 +896,10 @@ def add_train_options(parser):
     parser.add_argument(
         "--classifier",
         type=util.run_name,
+        nargs="+",
+        default=[],
         metavar="NAME",
-        help="saved classifier that should take denoised images for what it takes clean ones for",
+        help="saved classifiers that should take denoised images for what they take clean ones for",
     )
 
 

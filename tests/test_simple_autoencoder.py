@@ -95,31 +95,34 @@ def small_classifier(side=8):
     return shaken(keras.Model(image, keras.layers.Dense(4, activation="softmax")(x)))
 
 
-def test_classifier_adds_how_far_its_verdicts_are_apart():
-    models, classifier = list(map(shaken, small_models())), small_classifier()
+def test_classifiers_add_how_far_their_verdicts_are_apart():
+    models, classifiers = list(map(shaken, small_models())), [small_classifier(), small_classifier()]
     clean = random_images(3, 8, 8, 3).astype(np.float32) / 255
     noisy = add_noise(random_images(3, 8, 8, 3), 25)
     losses = []
-    for judge in (None, classifier):
-        vae = simple.DenoisingVAE(*models, classifier=judge)
+    for judges in ([], classifiers):
+        vae = simple.DenoisingVAE(*models, classifiers=judges)
         denoised, *codes = vae(noisy, training=False)
         losses.append(float(vae.compute_loss(noisy, clean, (denoised, *codes), training=False)))
-    p, q = (np.asarray(classifier(np.clip(images, 0, 1))) for images in (clean, denoised))
-    divergence = (p * np.log(p / q)).sum(axis=-1)
-    assert divergence.min() > 1e-4
-    assert losses[1] - losses[0] == pytest.approx(simple.CLASSIFIER_WEIGHT * divergence.mean(), rel=1e-2)
+    divergences = []
+    for classifier in classifiers:
+        p, q = (np.asarray(classifier(np.clip(images, 0, 1))) for images in (clean, denoised))
+        divergences.append((p * np.log(p / q)).sum(axis=-1).mean())
+    assert min(divergences) > 1e-4 and abs(divergences[0] - divergences[1]) > 1e-5
+    expected = simple.CLASSIFIER_WEIGHT * np.mean(divergences)
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-2)
     assert len(vae.trainable_variables) == sum(len(model.trainable_variables) for model in models)
 
 
-def test_training_goes_on_from_a_saved_run_and_heeds_a_classifier(trained, tmp_path):
+def test_training_goes_on_from_a_saved_run_and_heeds_classifiers(trained, tmp_path):
     out = trained[0]
     for folder in ("models", "weights", "logs"):
         shutil.copytree(out / folder, tmp_path / folder, dirs_exist_ok=True)
-    for name, side in (("classifier_photos", 48), ("classifier_small", 32)):
+    for name, side in (("classifier_a", 48), ("classifier_b", 48), ("classifier_small", 32)):
         with util.staged(tmp_path, name) as stage:
             util.save_model(stage, small_classifier(side), name)
     arguments = [*TINY, "--start=simple_photos", f"--out={tmp_path}", "--name=simple_tuned", "--epochs=1"]
-    simple.main([*arguments, "--classifier=classifier_photos", "--learning-rate=1e-9"])
+    simple.main([*arguments, "--classifier", "classifier_a", "classifier_b", "--learning-rate=1e-9"])
     for ours, theirs in zip(
         util.load_model(tmp_path, "simple_tuned", "autoencoder").get_weights(),
         util.load_model(out, "simple_photos", "autoencoder").get_weights(),
@@ -127,9 +130,9 @@ def test_training_goes_on_from_a_saved_run_and_heeds_a_classifier(trained, tmp_p
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     told = util.read_record(tmp_path, "simple_tuned")["arguments"]
-    assert (told["start"], told["classifier"]) == ("simple_photos", "classifier_photos")
+    assert (told["start"], told["classifier"]) == ("simple_photos", ["classifier_a", "classifier_b"])
     with pytest.raises(util.ModelError, match=r"classifier_small.json: classifies \(32, 32, 3\), not images"):
-        simple.main([*arguments, "--classifier=classifier_small"])
+        simple.main([*arguments, "--classifier", "classifier_a", "classifier_small"])
     with pytest.raises(util.ModelError, match="encoder_simple_photos.json: of another architecture"):
         simple.main([*arguments, "--filters=16"])
 
