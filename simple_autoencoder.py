@@ -238,9 +238,10 @@ class DenoisingVAE(keras.Model):
 
     def misjudgement(self, clean, denoised):
         """KL(p(clean) || p(denoised)) of each image in nats, mean over the classifiers' probabilities p."""
+        pair = [ops.clip(images, 0, 1) for images in (clean, denoised)]
         divergence = 0.0
         for classifier in self.classifiers:
-            p, q = (classifier(ops.clip(images, 0, 1), training=False) for images in (clean, denoised))
+            p, q = (classifier(images, training=False) for images in pair)
             divergence += ops.sum(p * (ops.log(p + 1e-7) - ops.log(q + 1e-7)), axis=-1)
         return divergence / len(self.classifiers)
 
