@@ -7,8 +7,8 @@
     python tests/benchmark_denoisers.py --dataset my_pictures/ --stored-as jpeg
 
 Prints PSNR, SSIM and images per second, and writes `figures/benchmark_DATASET_sigma.png` (PSNR against
-sigma) and `figures/benchmark_DATASET_time.png` (PSNR at sigma 25 against the time for an image). The
-classical methods are told the true sigma; the models are blind.
+sigma, and the models' lead over BM3D) and `figures/benchmark_DATASET_time.png` (PSNR at sigma 25 against the
+time for an image). The classical methods are told the true sigma; the models are blind.
 """
 
 import argparse
@@ -57,8 +57,9 @@ def wavelet(noisy, sigma):
     return denoise_wavelet(noisy, sigma=sigma / 255, channel_axis=-1, rescale_sigma=False)
 
 
+BM3D = "BM3D"
 CLASSICAL = {
-    "BM3D": block_matching,
+    BM3D: block_matching,
     "non-local means": non_local_means,
     "total variation": total_variation,
     "wavelet": wavelet,
@@ -106,20 +107,25 @@ class Timed:
         return self.seconds / self.images
 
 
-def sigma_figure(table, labels, title):
-    """PSNR against sigma, a curve for each label."""
+def sigma_figure(table, labels, models, title):
+    """PSNR against sigma, a curve for each label; and the models' lead over BM3D, where it was measured."""
     sigmas = [row["sigma"] for row in table]
-    curves = {label: (sigmas, [row[f"{label} PSNR"] for row in table]) for label in labels}
-    return util.curves_figure([("sigma", "PSNR in dB", curves)], title)
+    psnr = {label: np.array([row[f"{label} PSNR"] for row in table]) for label in labels}
+    panels = [("sigma", "PSNR in dB", {label: (sigmas, values) for label, values in psnr.items()})]
+    if BM3D in psnr:
+        leads = {label: (sigmas, psnr[label] - psnr[BM3D]) for label in (BM3D, *models)}
+        panels.append(("sigma", f"PSNR above {BM3D} in dB", leads))
+    return util.curves_figure(panels, title)
 
 
-def time_figure(table, denoisers, title):
-    """PSNR at SHOWN_SIGMA against the time for an image, a point for each denoiser."""
+def time_figure(table, labels, denoisers, title):
+    """PSNR at SHOWN_SIGMA against the time for an image, a point for each denoiser, coloured as its curve."""
     (row,) = (row for row in table if row["sigma"] == SHOWN_SIGMA)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for label, denoiser in denoisers.items():
-        axis.plot(1000 * denoiser.seconds_per_image, row[f"{label} PSNR"], "o", label=label)
+        x, y = 1000 * denoiser.seconds_per_image, row[f"{label} PSNR"]
+        axis.plot(x, y, "o", color=f"C{labels.index(label)}", label=label)
     axis.set(xscale="log", xlabel="milliseconds for an image", ylabel=f"PSNR in dB at sigma {SHOWN_SIGMA}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)  # labels at the points would overlap
@@ -182,12 +188,13 @@ def main(argv=None):
     table = simple.evaluate(stored, clean)
     hardware = util.environment()["hardware"]
     name = dataset_name(args.dataset) + ("" if args.stored_as == "floats" else f"_{args.stored_as}")
+    labels = ("noisy", *stored)
     title = f"{name}, first {sum(map(len, clean))} test images"
     print(f"{title}, noise of seed 0 per sigma; {hardware}")
     for measure in ("PSNR", "SSIM"):
         rows = [
             {measure: label} | {str(row["sigma"]): row[f"{label} {measure}"] for row in table}
-            for label in ("noisy", *stored)
+            for label in labels
         ]
         print(util.format_table(rows))
     print(
@@ -196,8 +203,8 @@ def main(argv=None):
         )
     )
     for kind, figure in (
-        ("sigma", sigma_figure(table, ("noisy", *stored), title)),
-        ("time", time_figure(table, denoisers, title)),
+        ("sigma", sigma_figure(table, labels, models, title)),
+        ("time", time_figure(table, labels, denoisers, title)),
     ):
         path = args.out / f"figures/benchmark_{name}_{kind}.png"
         with util.atomic(path) as temporary:
