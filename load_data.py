@@ -12,6 +12,7 @@ of several sigmas. The training scripts call `load_data` and `Batches` from here
 import argparse
 import hashlib
 import io
+import itertools
 import mmap
 import pickle
 import zlib
@@ -66,9 +67,10 @@ STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder
+SHRUNK = (2, 4)  # training patches of photographs are cut from half and a quarter of the size, too
 WHOLE_PICTURES = 10  # with fewer photographs, each is divided among the splits
 JPEG_EXIF = 65_533  # bytes that a JPEG has room for
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass
@@ -454,12 +456,34 @@ def _tensorflow_io():
     return io
 
 
-def cut(picture, size, step):
-    """Cut a picture (H, W, 3) into patches (N, size, size, 3), `step` pixels apart, row by row."""
-    if min(picture.shape[:2]) < size:
-        return np.empty((0, size, size, 3), np.uint8)
-    windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))[::step, ::step]
-    return windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, 3)
+def corners(picture, size, step):
+    """Top and left of patches of a picture (H, W, 3), `step` pixels apart, row by row."""
+    return list(itertools.product(*(range(0, side - size + 1, step) for side in picture.shape[:2])))
+
+
+def shrunk(picture, divisor):
+    """A picture (H, W, 3), uint8, at a part of its size, with antialiasing (Pillow's bicubic)."""
+    height, width = (side // divisor for side in picture.shape[:2])
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _cut(picture, size, training, at_most, rng):
+    """Cut a picture (H, W, 3) into patches uint8 (N, size, size, 3), of which `at_most` are drawn.
+
+    Training patches overlap by half, and are cut from smaller copies of the picture as well, at as many
+    places but for its margins. The others do not overlap.
+    """
+    copies = [(picture, size // 2 if training else size)]
+    for divisor in SHRUNK if training else ():
+        if min(picture.shape[:2]) // divisor >= size:
+            copies.append((shrunk(picture, divisor), size // 2 // divisor))
+    places = [(copy, *corner) for copy, step in copies for corner in corners(copy, size, step)]
+    if len(places) > at_most:
+        places = [places[index] for index in np.sort(rng.choice(len(places), at_most, replace=False))]
+    patches = np.empty((len(places), size, size, 3), np.uint8)
+    for patch, (copy, top, left) in zip(patches, places, strict=True):
+        patch[:] = copy[top : top + size, left : left + size]
+    return patches
 
 
 def _split_whole(count, rng):
@@ -496,7 +520,7 @@ def _cut_and_split(pictures, count, size):
     """Split `count` pictures among train, validation and test, then cut them.
 
     Of WHOLE_PICTURES and more, a twentieth each is kept for validation and test; of fewer, every picture
-    is split into vertical bands instead. Training patches overlap by half, the others not at all.
+    is split into vertical bands instead.
 
     Args:
         pictures: Iterable of (uint8 picture (H, W, 3), label).
@@ -518,10 +542,8 @@ def _cut_and_split(pictures, count, size):
             bands = np.split(picture, [first, second], axis=1)
             regions = dict(zip(patches, bands, strict=True))
         for split, region in regions.items():
-            cuts = cut(region, size, size // 2 if split == "train" else size)
-            if len(cuts) > MAX_PATCHES // count:
-                cuts = cuts[np.sort(rng.choice(len(cuts), max(1, MAX_PATCHES // count), replace=False))]
-            patches[split].append(np.ascontiguousarray(cuts))
+            cuts = _cut(region, size, split == "train", max(1, MAX_PATCHES // count), rng)
+            patches[split].append(cuts)
             labels[split].append(np.full(len(cuts), label, np.int64))
     patches, labels = (
         {split: np.concatenate(parts[split]) for split in parts} for parts in (patches, labels)

@@ -127,16 +127,17 @@ def test_pooled_maps_stay_within_their_cells(maps, side):
         np.testing.assert_allclose(pooled[:, 0, 0], maps.mean(axis=(1, 2)), atol=1e-4)
 
 
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 20), st.integers(1, 20), seeds)
-def test_patches_are_parts_of_the_picture(height, width, size, step, seed):
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(12, 20), st.integers(1, 80), st.booleans(), seeds)
+def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, training, seed):
     picture = drawn(seed, height, width, 3)
-    patches = load_data.cut(picture, size, step)
-    places = [
-        (top, left) for top in range(0, height - size + 1, step) for left in range(0, width - size + 1, step)
-    ]
-    assert patches.shape == (len(places), size, size, 3)
-    for patch, (top, left) in zip(patches, places, strict=True):
-        np.testing.assert_array_equal(patch, picture[top : top + size, left : left + size])
+    patches = load_data._cut(picture, size, training, at_most, np.random.default_rng(seed))
+    step = size // 2 if training else size
+    places = len(load_data.corners(picture, size, step))
+    assert min(places, at_most) <= len(patches) <= at_most
+    if 0 < len(patches) == places:
+        windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))
+        expected = windows[::step, ::step].transpose(0, 1, 3, 4, 2)
+        np.testing.assert_array_equal(patches, expected.reshape(patches.shape))
 
 
 @given(st.integers(1, 50), st.integers(1, 60), seeds, st.integers(0, 1000))

@@ -193,7 +193,7 @@ def test_stl10_labels_start_at_zero_and_unlabelled_has_none(stl10):
 def test_stl10_is_resized_once_into_a_cache_whose_name_tells_the_size(stl10, size, capsys):
     data = load_data.load_data("stl10", stl10, size=size)
     assert data.images["unlabeled"].shape == (25, size, size, 3)
-    assert (stl10 / f"cache/stl10_unlabeled_{size}_v1.npy").exists()
+    assert (stl10 / f"cache/stl10_unlabeled_{size}_v{load_data.CACHE_VERSION}.npy").exists()
     assert "Resizing" in capsys.readouterr().out
     again = load_data.load_data("stl10", stl10, size=size)
     np.testing.assert_array_equal(again.images["test"], data.images["test"])
@@ -208,7 +208,7 @@ def test_stl10_refuses_other_sizes(stl10):
 @pytest.mark.parametrize("content", [b"", b"no array", None])
 def test_damaged_cache_is_told(stl10, content):
     load_data.load_data("stl10", stl10, size=48)
-    cache = stl10 / "cache/stl10_test_48_v1.npy"
+    cache = stl10 / f"cache/stl10_test_48_v{load_data.CACHE_VERSION}.npy"
     cache.write_bytes(cache.read_bytes()[:5000] if content is None else content)
     with pytest.raises(DataError, match=f"{cache}: .*delete it and run again"):
         load_data.load_data("stl10", stl10, size=48)
@@ -237,12 +237,33 @@ def test_patches_of_different_splits_come_from_different_columns():
         assert not one & other
 
 
-def test_cut_against_slicing():
+def test_corners_are_those_of_all_whole_patches():
     picture = random_images(25, 33, 3)
-    patches = load_data.cut(picture, 8, 4)
-    expected = [picture[r : r + 8, c : c + 8] for r in range(0, 18, 4) for c in range(0, 26, 4)]
-    np.testing.assert_array_equal(patches, expected)
-    assert load_data.cut(picture[:7], 8, 4).shape == (0, 8, 8, 3)
+    expected = [(top, left) for top in range(0, 18, 4) for left in range(0, 26, 4)]
+    assert load_data.corners(picture, 8, 4) == expected
+    assert load_data.corners(picture[:7], 8, 4) == []
+
+
+def test_training_patches_are_cut_from_smaller_copies_too():
+    blocks = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8).repeat(2, 0).repeat(2, 1)
+    whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}
+    half = load_data.shrunk(blocks, 2)
+    halves = {half[r : r + 16, c : c + 16].tobytes() for r in range(0, 33, 4) for c in range(0, 33, 4)}
+    pictures = [(blocks, index) for index in range(10)]
+    images, labels = load_data._cut_and_split(pictures, 10, 16)
+    seen = {split: {patch.tobytes() for patch in patches} for split, patches in images.items()}
+    assert whole < seen["train"] and halves < seen["train"]
+    assert len(seen["train"]) == len(whole) + len(halves) + 5 * 5  # of a quarter: 24x24, 2 pixels apart
+    assert seen["test"] < whole
+    assert np.bincount(labels["train"]).max() == len(seen["train"])
+
+
+def test_patches_of_a_picture_are_limited(monkeypatch):
+    monkeypatch.setattr(load_data, "MAX_PATCHES", 300)
+    pictures = [(picture, 0) for picture in random_images(10, 96, 96, 3)]
+    images, _ = load_data._cut_and_split(pictures, 10, 16)
+    assert len(images["train"]) == 8 * 30
+    assert len({patch.tobytes() for patch in images["train"]}) == 8 * 30
 
 
 @pytest.fixture
@@ -260,7 +281,7 @@ def test_folder_is_split_by_picture_and_cached(folder, tmp_path, capsys):
     assert data.name == "pictures"
     assert data.class_names == ("cats", "dogs")
     assert {split: len(images) for split, images in data.images.items()} == {
-        "train": 10 * 3 * 4,
+        "train": 10 * (3 * 4 + 1 * 2),  # of the pictures, and of their halves
         "validation": 4,
         "test": 4,
     }
