@@ -218,7 +218,8 @@ class DenoisingVAE(keras.Model):
         noise = keras.random.normal(ops.shape(clean), seed=self.random)
         if self.photographs:
             in_jpeg = keras.random.uniform(ops.shape(sigma), seed=self.random) < JPEG_SHARE
-            noise = noise_in_files(clean, noise, in_jpeg)
+            blocky = keras.random.uniform(ops.shape(sigma), seed=self.random)
+            noise = noise_in_files(clean, noise, in_jpeg, blocky)
         return clean + sigma * noise
 
     def sample(self, z_mean, z_log_var):
@@ -246,24 +247,27 @@ class DenoisingVAE(keras.Model):
         return divergence / len(self.classifiers)
 
 
-def noise_in_files(clean, noise, in_jpeg):
+def noise_in_files(clean, noise, in_jpeg, blocky):
     """Turn white noise into what a file holds of it, where it cannot hold all of it.
 
     A grey image has one channel, so that its noise is alike in all three. JPEG halves the resolution of
-    colours (4:2:0), and the noise in them with it.
+    colours (4:2:0), and the noise in them with it. Decoders enlarge them again by repetition or, most of
+    them, by interpolation; a model that had seen but one of these would leave the other alone.
 
     Args:
         clean: Images (N, H, W, 3), H and W even.
         noise: Their noise.
         in_jpeg: Which of them have gone through JPEG, boolean (N, 1, 1, 1).
+        blocky: Share of repetition in the enlarged colours, the rest being bilinear, 0 to 1 (N, 1, 1, 1).
 
     Returns:
         Tensor like `noise`.
     """
     luma = ops.sum(noise * np.array(LUMA, np.float32), axis=-1, keepdims=True)
-    colour = ops.average_pool(noise - luma, 2)
-    for axis in (1, 2):
-        colour = ops.repeat(colour, 2, axis=axis)
+    halved = ops.average_pool(noise - luma, 2)
+    repeated = ops.repeat(ops.repeat(halved, 2, axis=1), 2, axis=2)
+    smooth = ops.image.resize(halved, ops.shape(clean)[1:3], interpolation="bilinear")
+    colour = blocky * repeated + (1 - blocky) * smooth
     is_grey = ops.all(clean == clean[..., :1], axis=(1, 2, 3), keepdims=True)
     return ops.where(is_grey, noise[..., :1], ops.where(in_jpeg, luma + colour, noise))
 
