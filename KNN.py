@@ -194,7 +194,7 @@ def purity(labels, clusters):
 def cluster_row(space, labels, clusters):
     """What the clusters have to do with the labels, a row of the table; labels of -1 are not known."""
     sizes = np.bincount(clusters)
-    row = {"space": space, "images": len(labels), "smallest": sizes.min(), "largest": sizes.max()}
+    row = {"space": space, "images": len(labels), "smallest": int(sizes.min()), "largest": int(sizes.max())}
     if labels.min() < 0:
         return row | {"purity": "no labels", "adjusted Rand index": "no labels"}
     return row | {
@@ -225,7 +225,7 @@ def accuracy_figure(rows, kinds, title):
 
 
 def neighbours_figure(data, queries, nearest):
-    """Queries of the strongest noise, and in each space the training images nearest to the noisy query."""
+    """Queries of the last sigma, and in each space the training images nearest to the noisy query."""
     noisy, denoised = list(queries)[-2:]
     shown = evenly(len(data.images["test"]), SHOWN_QUERIES)
 

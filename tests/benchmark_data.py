@@ -121,6 +121,8 @@ def main(argv=None):
     curves = {label: (args.limits, [row[f"{label} PSNR"] for row in rows]) for label in costs}
     figure = util.curves_figure([("training images", "PSNR in dB", curves)], title)
     figure.axes[0].set_xscale("log")
+    figure.axes[0].set_xticks(args.limits, args.limits)
+    figure.axes[0].minorticks_off()
     path = args.out / "figures/benchmark_data.png"
     with util.atomic(path) as temporary:
         util.save_figure(figure, temporary)
