@@ -70,7 +70,8 @@ MAX_PATCHES = 100_000  # of a folder
 SHRUNK = (2, 4)  # training patches of photographs are cut from half and a quarter of the size, too
 WHOLE_PICTURES = 10  # with fewer photographs, each is divided among the splits
 JPEG_EXIF = 65_533  # bytes that a JPEG has room for
-CACHE_VERSION = 2
+SAVED_AS = {"JPEG": {"quality": 95}, "AVIF": {"quality": 95}, "WEBP": {"lossless": True}}
+RESIZED_VERSION, PATCHES_VERSION = 1, 2  # of the caches
 
 
 @dataclass
@@ -256,7 +257,7 @@ def _load_stl10(data_dir, size):
         images = stl10_input.read_all_images(files[f"{name}_X"])
         if size != images.shape[1]:
             images = _cached_resize(
-                images, size, data_dir / "cache" / f"stl10_{name}_{size}_v{CACHE_VERSION}.npy"
+                images, size, data_dir / "cache" / f"stl10_{name}_{size}_v{RESIZED_VERSION}.npy"
             )
         if name == "unlabeled":
             return images, np.full(len(images), -1)
@@ -276,11 +277,13 @@ def _load_stl10(data_dir, size):
 
 def resize(images, size):
     """Resize images (N, H, W, 3), uint8, to size×size with antialiasing (Pillow's bicubic)."""
-    resized = [
-        Image.fromarray(np.ascontiguousarray(i)).resize((size, size), Image.Resampling.BICUBIC)
-        for i in images
-    ]
-    return np.stack([np.asarray(image) for image in resized])
+    return np.stack([_resized(image, size, size) for image in images])
+
+
+def _resized(image, width, height):
+    return np.asarray(
+        Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
 def _cached_resize(images, size, cache):
@@ -404,20 +407,20 @@ def _upright(pixels, orientation):
 
 
 def write_pixels(path, pixels, alpha=None, metadata=None):
-    """Write what `read_pixels` returns, in the format that the ending of `path` asks for; JPEG at quality 95.
+    """Write what `read_pixels` returns, in the format that the ending of `path` asks for, as in SAVED_AS.
 
     Raises:
         OSError: the format cannot hold these channels or this depth; or the disk is full, and so on.
     """
     suffix, metadata = path.suffix.lower(), dict(metadata or {})
-    jpeg = suffix in (".jpg", ".jpeg")
-    if Image.registered_extensions().get(suffix) not in Image.SAVE:
+    kind = Image.registered_extensions().get(suffix)
+    if kind not in Image.SAVE:
         raise OSError(f"{path}: no format to write has this ending; choose .png")
     if pixels.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise OSError(f"{path}: {suffix} holds no 16 bits; choose .png")
-    if alpha is not None and jpeg:
+    if alpha is not None and kind == "JPEG":
         raise OSError(f"{path}: JPEG holds no transparency; choose .png")
-    if jpeg and len(metadata.get("exif", b"")) > JPEG_EXIF:
+    if kind == "JPEG" and len(metadata.get("exif", b"")) > JPEG_EXIF:
         del metadata["exif"]
     channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
     with atomic(path) as temporary:
@@ -434,7 +437,10 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
                 iio.imwrite(temporary, channels, plugin="tifffile", extrasamples=alphas, **options)
         else:
             image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
-            image.save(temporary, **({"quality": 95} if jpeg else {}), **metadata)
+            try:
+                image.save(temporary, **SAVED_AS.get(kind, {}), **metadata)
+            except ValueError as error:
+                raise OSError(f"{path}: {suffix} cannot hold it ({error}); choose .png") from None
 
 
 def _with_metadata(png, icc_profile=None, exif=None):
@@ -464,14 +470,14 @@ def corners(picture, size, step):
 def shrunk(picture, divisor):
     """A picture (H, W, 3), uint8, at a part of its size, with antialiasing (Pillow's bicubic)."""
     height, width = (side // divisor for side in picture.shape[:2])
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    return _resized(picture, width, height)
 
 
 def _cut(picture, size, training, at_most, rng):
     """Cut a picture (H, W, 3) into patches uint8 (N, size, size, 3), of which `at_most` are drawn.
 
-    Training patches overlap by half, and are cut from smaller copies of the picture as well, at as many
-    places but for its margins. The others do not overlap.
+    Training patches overlap by half, and smaller copies of the picture are cut as well, at the same distances
+    in the picture itself. The others do not overlap.
     """
     copies = [(picture, size // 2 if training else size)]
     for divisor in SHRUNK if training else ():
@@ -580,24 +586,32 @@ def _image_files(folder):
             f"{folder}: no such folder; --dataset is cifar10, stl10, photos or a folder of images"
         )
     known = Image.registered_extensions()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in known
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not files:
         raise DataError(f"{folder}: there are no images in it; choose another --dataset")
     return files
 
 
 def _load_folder(folder, data_dir, size):
-    """Patches of a user's own images; subfolders, if any, are the classes. Cached in `data_dir`."""
+    """Patches of a user's own images, cached in `data_dir`.
+
+    Subfolders, if any, are the classes; what lies beside them is one more, of the data set's name.
+    """
     files = _image_files(folder)
     stats = [
         (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files
     ]
     digest = hashlib.md5(repr(stats).encode()).hexdigest()
     name = dataset_name(folder)
-    stem = f"{name}_{digest[:12]}_size{size}_v{CACHE_VERSION}"
-    classes = tuple(
-        sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
-    ) or (name,)
+    stem = f"{name}_{digest[:12]}_size{size}_v{PATCHES_VERSION}"
+    class_of = {path: name if path.parent == folder else path.relative_to(folder).parts[0] for path in files}
+    classes = tuple(sorted(set(class_of.values())))
     cache = {split: data_dir / "cache" / f"{stem}_{split}.npy" for split in ("train", "validation", "test")}
     cached_labels = {split: path.with_name(f"{path.stem}_labels.npy") for split, path in cache.items()}
     if not all(path.exists() for path in (*cache.values(), *cached_labels.values())):
@@ -605,7 +619,7 @@ def _load_folder(folder, data_dir, size):
             f"Cutting {len(files):,} images of {folder} into {size}x{size} patches in {data_dir / 'cache'}",
             flush=True,
         )
-        pictures = _readable_pictures(files, folder, classes)
+        pictures = _readable_pictures(files, [classes.index(class_of[path]) for path in files])
         images, labels = _cut_and_split(pictures, len(files), size)
         for split in images:
             for array, path in ((labels[split], cached_labels[split]), (images[split], cache[split])):
@@ -619,10 +633,9 @@ def _load_folder(folder, data_dir, size):
     return _nonempty(Data(name, images, labels, classes, {"listing": digest}), folder, size)
 
 
-def _readable_pictures(files, folder, classes):
+def _readable_pictures(files, labels):
     """Yield (picture, label); an unreadable file is named and yields an empty picture."""
-    for path in files:
-        label = classes.index(path.relative_to(folder).parts[0]) if path.parent != folder else 0
+    for path, label in zip(files, labels, strict=True):
         try:
             yield read_picture(path), label
         except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
@@ -809,6 +822,18 @@ def add_data_options(parser):
         default=None,
         help=f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})",
     )
+
+
+def size_of_run(args, record):
+    """The `size` to load images in for a saved run: that of --size, else that which it was trained at.
+
+    Args:
+        args: Arguments with `dataset` and `size`.
+        record: The record of the run.
+    """
+    if args.size is None and record.get("data", {}).get("name") == dataset_name(args.dataset):
+        return record.get("arguments", {}).get("size")
+    return args.size
 
 
 def settle_data_options(args):

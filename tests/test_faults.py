@@ -296,7 +296,7 @@ def test_training_that_diverges_and_is_stopped_again_ends_with_the_same_weights(
     assert line.endswith("--resume and a lower --learning-rate")
     assert checkpoint.read_bytes() == before
     told = stop_at("Codes of the first", resume, stopped, f"--learning-rate={simple.LEARNING_RATE}")
-    assert told.startswith("Stopped. Go on with: python ")
+    assert told.startswith(f"Stopped. Go on with: {sys.executable} ")
     assert told.endswith(f"simple_autoencoder.py --resume --name {NAME} --out {stopped}")
     assert not (stopped / "models").exists()
     resume(stopped)
@@ -406,7 +406,7 @@ def test_cache_of_another_version_is_left_alone(tmp_path):
     expected = np.array(load_data.load_data(*arguments).images["train"])
     others = []
     for path in (tmp_path / "data/cache").iterdir():
-        others.append(path.with_name(path.name.replace(f"_v{load_data.CACHE_VERSION}", "_v999")))
+        others.append(path.with_name(path.name.replace(f"_v{load_data.PATCHES_VERSION}", "_v999")))
         path.unlink()
         others[-1].write_bytes(b"of a later version")
     np.testing.assert_array_equal(load_data.load_data(*arguments).images["train"], expected)
