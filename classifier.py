@@ -29,6 +29,7 @@ from load_data import (
     dataset_name,
     load_data,
     settle_data_options,
+    size_of_run,
 )
 
 import keras
@@ -363,7 +364,7 @@ def load_classifier(args, data):
     """Load a saved classifier that was trained on such data and is fed the same way.
 
     Raises:
-        util.ModelError: there is none, it is damaged, or it knows other classes or inputs.
+        util.ModelError: there is none, it is damaged, or it knows other classes, inputs or sizes of images.
     """
     model = util.load_model(args.out, args.name)
     record = util.read_record(args.out, args.name)
@@ -376,6 +377,9 @@ def load_classifier(args, data):
     if trained_on != args.features:
         remedy = f"give --features {trained_on}" if trained_on else "leave out --features"
         raise util.ModelError(f"{path}: a classifier of {trained_on or 'images'}; {remedy}")
+    expected, given = model.input_shape[1:], data.images["test"].shape[1:]
+    if not args.features and expected != given:
+        raise util.ModelError(f"{path}: classifies {expected}, not images {given}; choose another --size")
     return model
 
 
@@ -395,15 +399,22 @@ def write_run(args, model, rows, denoisers, data, represent):
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")
 
 
+def replaced(rows, new):
+    """Rows of the record's evaluation with those that were measured again in their new form."""
+    return list({(row["sigma"], row["images"]): row for row in [*rows, *new]}.values())
+
+
 def evaluate_saved(args, data, denoisers, represent):
     """Evaluate a saved classifier, write its figures and add the result to the run record."""
     with util.locked(args.out, args.name):
         model = load_classifier(args, data)
         record = util.read_record(args.out, args.name)
         with util.staged(args.out, args.name) as stage:
-            util.write_record(
-                stage, args.name, record | evaluate(stage, args, model, denoisers, data, represent)
-            )
+            results = evaluate(stage, args, model, denoisers, data, represent)["evaluation"]
+            evaluations = record.get("evaluation", {})
+            for key, rows in results.items():
+                evaluations[key] = replaced(evaluations.get(key, []), rows)
+            util.write_record(stage, args.name, record | {"evaluation": evaluations})
 
 
 def parse_args(argv=None):
@@ -456,6 +467,7 @@ def parse_args(argv=None):
     if args.verb == "train" and args.resume:  # what is not given now is as it was given then
         train.set_defaults(**util.resumed_arguments(args.out, args.name))
         args = parser.parse_args([*argv, "--name", args.name])
+        settle_data_options(args)
     if args.denoisers is None:
         args.denoisers = util.saved_runs(args.out, "autoencoder")
     return args
@@ -465,10 +477,11 @@ def main(argv=None):
     args = parse_args(argv)
     denoisers = {name: util.load_model(args.out, name, "autoencoder") for name in args.denoisers}
     represent = representation(args)
-    data = load_data(args.dataset, args.data_dir, args.size, getattr(args, "limit", None))
     if args.verb == "evaluate":
-        evaluate_saved(args, data, denoisers, represent)
+        size = size_of_run(args, util.read_record(args.out, args.name))
+        evaluate_saved(args, load_data(args.dataset, args.data_dir, size), denoisers, represent)
         return
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     check_classes(data, args.dataset)
     with util.training(__file__, args):
         model, rows = train(args, data, training_inputs(args, data))

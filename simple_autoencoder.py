@@ -35,6 +35,7 @@ from load_data import (
     load_data,
     read_pixels,
     settle_data_options,
+    size_of_run,
     write_pixels,
 )
 
@@ -625,7 +626,7 @@ def write_gifs(stage, name, folder, clean, noisy):
         folder: Where `Frames` kept the denoised images (N, H, W, 3) of each epoch.
         clean, noisy: uint8 arrays (N, H, W, 3).
     """
-    paths = sorted(folder.iterdir())
+    paths = sorted(folder.glob("[0-9]*.npy"))  # a kill may have left a temporary file among them
     paths = [
         paths[index] for index in np.unique(np.linspace(0, len(paths) - 1, GIF_FRAMES).round().astype(int))
     ]
@@ -728,9 +729,7 @@ def evaluate_saved(args, labels):
         models = {label: util.load_model(args.out, run, "autoencoder") for label, run in labels.items()}
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         record = util.read_record(args.out, args.name)
-        size = args.size
-        if size is None and record.get("data", {}).get("name") == dataset_name(args.dataset):
-            size = record["arguments"]["size"]
+        size = size_of_run(args, record)
         results = evaluation(models, *parts, load_data(args.dataset, args.data_dir, size), args.images)
         results["evaluation"] = record.get("evaluation", {}) | results["evaluation"]
         with util.staged(args.out, args.name) as stage:
@@ -746,13 +745,13 @@ def blended(pixels, denoised, strength):
         strength: From 0, the pixels themselves, to 1, the denoised ones.
 
     Returns:
-        float32 array like `pixels`, in whole numbers of their range; the sum of what was removed, and that of
-        its square, for pixels in [0, 1].
+        float32 array like `pixels`, in whole numbers of their range; the sum of what the denoised ones lack,
+        and that of its square, for pixels in [0, 1].
     """
     peak = np.float32(np.iinfo(pixels.dtype).max)
     before = pixels / peak
-    after = before + strength * (np.clip(denoised, 0, 1) - before)
-    removed = before - after
+    removed = before - np.clip(denoised, 0, 1)
+    after = before - strength * removed
     return np.round(after * peak), removed.sum(dtype=np.float64), np.square(removed).sum(dtype=np.float64)
 
 
@@ -766,8 +765,8 @@ def denoise_pixels(model, pixels, strength=1.0, draws=None):
         draws: As of `util.denoise_tiles`: what the mean is taken of, by default the model's one result.
 
     Returns:
-        Array like `pixels`; the standard deviation of what was removed; and that of the draws at each pixel,
-        mean over its channels, float16 (H, W, 1), both on the 0-255 scale.
+        Array like `pixels`; the standard deviation of what the model takes for noise; and that of the draws
+        at each pixel, mean over its channels, float16 (H, W, 1), both on the 0-255 scale.
     """
     result = np.empty_like(pixels)
     deviations = np.zeros((*pixels.shape[:2], 1), np.float16)
@@ -973,6 +972,7 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         if args.resume:  # what is not given now is as it was given then
             train.set_defaults(**util.resumed_arguments(args.out, args.name))
             args = parser.parse_args([*argv, "--name", args.name])
+            settle_data_options(args)
         if args.sigma[0] > args.sigma[1]:
             train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
     return args

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-DATA_DIR = "./data"
+DATA_DIR = str(Path(__file__).resolve().parent / "data")
 DATA_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 DATA_PATH = DATA_DIR + "/stl10_binary/train_X.bin"
 LABEL_PATH = DATA_DIR + "/stl10_binary/train_y.bin"

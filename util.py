@@ -250,7 +250,8 @@ def atomic(path):
             yield Path(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.umask(umask := os.umask(0))  # which can only be asked for by setting it
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -364,7 +365,8 @@ def training(script, args):
         print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
-    command = ["python", Path(script).name if Path.cwd() == HERE else script, "--resume", "--name", args.name]
+    script = Path(script).name if Path.cwd() == HERE else script
+    command = [sys.executable, script, "--resume", "--name", args.name]
     if out != HERE:
         command += ["--out", str(out.resolve())]
     with locked(out, args.name):

@@ -130,8 +130,27 @@ def test_saved_classifier_needs_keras_alone(classified, tmp_path):
 
 def test_evaluate_gives_the_same_again(classified, capsys):
     out, printed = classified
+    before = util.read_record(out, "classifier_photos")
     classifier.main(["evaluate", "--dataset=photos", f"--out={out}"])
     assert table_rows(capsys.readouterr().out) == table_rows(printed)
+    assert util.read_record(out, "classifier_photos")["evaluation"] == before["evaluation"]
+    for name in ("models/autoencoder_{}.json", "weights/autoencoder_{}.weights.h5"):
+        shutil.copy(out / name.format("simple_photos"), out / name.format("simple_other"))
+    classifier.main(["evaluate", "--dataset=photos", f"--out={out}", "--denoisers=simple_other"])
+    rows = util.read_record(out, "classifier_photos")["evaluation"]["photos, 32 images"]
+    kept = [row for row in rows if row["images"] != "simple_other"]
+    assert kept == before["evaluation"]["photos, 32 images"]
+    assert len(rows) == len(kept) + 5
+
+
+def test_evaluate_takes_images_of_the_size_that_was_trained_on(classified, tmp_path):
+    out = shutil.copytree(classified[0], tmp_path / "out")
+    arguments = ["--dataset=photos", f"--out={out}", "--name=classifier_small"]
+    few = ["--size=24", "--limit=600", "--epochs=1", "--rounds=1", "--widths", "16", "16", "16"]
+    classifier.main([*arguments, *few])
+    classifier.main(["evaluate", *arguments])
+    with pytest.raises(util.ModelError, match=r"classifies \(24, 24, 3\), not images \(48, 48, 3\); choose"):
+        classifier.main(["evaluate", *arguments, "--size=48"])
 
 
 def test_feature_maps_are_classified_instead_of_images(classified, capsys):

@@ -407,7 +407,7 @@ def test_interrupted_training_resumes_to_the_same_weights(trained, tmp_path, sig
         assert process.returncode == -9
     else:
         assert process.returncode == 130
-        assert err.strip().startswith("Stopped. Go on with: python ")
+        assert err.strip().startswith(f"Stopped. Go on with: {sys.executable} ")
         assert err.endswith(f"simple_autoencoder.py --resume --name simple_photos --out {tmp_path}")
     assert not (tmp_path / "models").exists()
     code, printed, err = run(
@@ -492,14 +492,14 @@ def test_pictures_of_any_size_keep_shape_and_depth(shape):
         assert noise < 0.01
 
 
-def test_strength_blends_and_noise_is_what_was_removed():
+def test_strength_blends_and_noise_is_what_the_whole_of_it_would_remove():
     model = shaken(identity_model())
     pixels = random_images(20, 22, 3)
     full, noise, _ = simple.denoise_pixels(model, pixels)
-    half, _, _ = simple.denoise_pixels(model, pixels, strength=0.5)
-    none, nothing, _ = simple.denoise_pixels(model, pixels, strength=0)
+    half, noise_of_half, _ = simple.denoise_pixels(model, pixels, strength=0.5)
+    none, noise_of_none, _ = simple.denoise_pixels(model, pixels, strength=0)
     np.testing.assert_array_equal(none, pixels)
-    assert nothing == 0
+    assert noise == noise_of_half == noise_of_none
     np.testing.assert_allclose(half, (full.astype(float) + pixels) / 2, atol=1)
     assert noise == pytest.approx(np.std(full.astype(float) - pixels), abs=0.5)
 
@@ -543,6 +543,23 @@ def test_denoise_never_overwrites_its_input(trained, tmp_path):
     assert code == 1
     assert f"{path}: is there already; choose another --to\n" in err
     assert path.read_bytes() == before
+
+
+def test_gifs_do_without_what_a_kill_has_left(tmp_path):
+    clean = random_images(2, 8, 8, 3)
+    for name in ("0000.npy", "0001.npy", ".ab_12x.npy"):
+        np.save(tmp_path / name, clean)
+    (tmp_path / "gifs").mkdir()
+    simple.write_gifs(tmp_path, "run", tmp_path, clean, clean)
+    assert len(iio.imread(tmp_path / "gifs/run_single.gif")) == 2
+
+
+def test_resumed_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
+    (tmp_path / "logs/simple_mine.training").mkdir(parents=True)
+    (tmp_path / "logs/simple_mine.training/arguments.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    args = simple.parse_args(["--dataset=mine", "--resume", f"--out={tmp_path}"])
+    assert args.dataset == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (33, 57, 3), (40, 21, 1)])

@@ -199,6 +199,16 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_written_files_have_the_permissions_that_others_have(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with util.atomic(tmp_path / "a.txt") as temporary:
+            temporary.write_text("new")
+        assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+    finally:
+        assert os.umask(before) == 0o027
+
+
 def test_failed_stage_leaves_everything_as_it_was(saved):
     before = {path: path.read_bytes() for path in saved.rglob("*.*") if path.is_file()}
     with pytest.raises(RuntimeError), util.staged(saved, "small") as stage:
