@@ -704,7 +704,8 @@ def evaluation(models, encoder, decoder, data, count):
     for rows in posterior:
         print(util.format_table(rows))
     key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"
-    return {"costs": costs, "evaluation": {key: table}, "posterior": posterior}
+    hardware = util.environment()["hardware"]
+    return {"costs": {hardware: costs}, "evaluation": {key: table}, "posterior": {key: posterior}}
 
 
 def cost(model, side=32):
@@ -731,7 +732,7 @@ def evaluate_saved(args, labels):
         record = util.read_record(args.out, args.name)
         size = size_of_run(args, record)
         results = evaluation(models, *parts, load_data(args.dataset, args.data_dir, size), args.images)
-        results["evaluation"] = record.get("evaluation", {}) | results["evaluation"]
+        results = {part: record.get(part, {}) | measured for part, measured in results.items()}
         with util.staged(args.out, args.name) as stage:
             util.write_record(stage, args.name, record | results)
 

@@ -429,7 +429,7 @@ def read_record(out, name):
         record = _read_dict(path)
     except FileNotFoundError:
         return {}
-    parts = ("files", "data", "arguments", "evaluation")
+    parts = ("files", "data", "arguments", "evaluation", "costs", "posterior")
     if record is None or not all(isinstance(record.get(part, {}), dict) for part in parts):
         raise ModelError(f"{path}: damaged run record; delete it, or train {name} again")
     return record

@@ -693,7 +693,7 @@ def test_interrupt_amid_the_imports():
 def test_record_of_another_shape(trained, tmp_path):
     out = shutil.copytree(trained[0], tmp_path / "out")
     record = json.loads((out / f"logs/{NAME}.json").read_text())
-    for part in ("files", "data", "arguments", "evaluation"):
+    for part in ("files", "data", "arguments", "evaluation", "costs", "posterior"):
         (out / f"logs/{NAME}.json").write_text(json.dumps(record | {part: [1]}))
         line = told_line(simple.main, ["evaluate", "--dataset=photos", "--out", str(out)])
         assert line.startswith(

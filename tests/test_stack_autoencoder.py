@@ -192,7 +192,10 @@ def test_images_that_are_no_whole_cells(tmp_path):
     stack.main([*arguments, "--greedy-epochs=1"])
     model = util.load_model(tmp_path, "stacked_photos", "autoencoder")
     assert util.denoise(model, np.zeros((1, 50, 50, 3), np.float32)).shape == (1, 50, 50, 3)
-    assert list(util.read_record(tmp_path, "stacked_photos")["evaluation"]) == ["photos, 16 images of 50x50"]
+    stack.main(["evaluate", "--dataset=photos", "--size=48", "--images=9", f"--out={tmp_path}"])
+    record = util.read_record(tmp_path, "stacked_photos")
+    for part in ("evaluation", "posterior"):  # the later one does not push out the earlier
+        assert list(record[part]) == ["photos, 16 images of 50x50", "photos, 9 images of 48x48"]
 
 
 def test_missing_base_lists_what_is_there(stacked):
