@@ -10,7 +10,7 @@ import pytest
 from conftest import run
 
 # enough training images for both classes
-ARGUMENTS = ["--dataset=photos", "--limit=400", "--clusters=3"]
+ARGUMENTS = ["--dataset=photos", "--limit=800", "--clusters=3"]
 
 
 def test_vote_takes_the_commonest_label_and_of_equals_the_lowest():
@@ -52,7 +52,7 @@ def compared(encoders):
 
 def test_neighbours_against_brute_force(compared):
     out, _ = compared
-    data = load_data("photos", limit=400)
+    data = load_data("photos", limit=800)
     rows = json.loads((out / "logs/knn_photos.json").read_text())["accuracy"]
     row = next(row for row in rows if row["space"] == "pixels" and "NN" in row["method"])
     k = int(row["method"].split("-")[0])
@@ -79,10 +79,10 @@ def test_what_is_printed_and_written(compared):
     centroids = np.load(out / "models/kmeans_knn_photos_simple_photos_centroids.npy")
     labels = np.load(out / "models/kmeans_knn_photos_simple_photos_labels.npy")
     assert centroids.shape == (3, 4 * 4 * 48)
-    assert labels.shape == (400,)
-    images = load_data("photos", limit=400).images["train"]
+    assert labels.shape == (800,)
+    images = load_data("photos", limit=800).images["train"]
     features = util.feature_maps(out, "simple_photos", "train", images, labels, pooling=4)
-    points = features.reshape(400, -1).astype(np.float32)
+    points = features.reshape(800, -1).astype(np.float32)
     distances = ((points[:, None] - centroids) ** 2).sum(axis=-1)
     np.testing.assert_array_equal(distances.argmin(axis=1), labels)
 

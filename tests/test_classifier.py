@@ -16,7 +16,7 @@ import pytest
 from conftest import run, start, table_rows
 
 # enough training images for both classes
-ARGUMENTS = ["--dataset=photos", "--limit=400", "--batch-size=100", "--precision=float32"]
+ARGUMENTS = ["--dataset=photos", "--limit=800", "--batch-size=100", "--precision=float32"]
 ARGUMENTS += ["--epochs=2", "--rounds=2", "--widths", "16", "32", "32"]
 
 
@@ -128,8 +128,8 @@ def test_saved_classifier_needs_keras_alone(classified, tmp_path):
     assert 100 * right == pytest.approx(rows[0]["accuracy"])
 
 
-def test_evaluate_gives_the_same_again(classified, capsys):
-    out, printed = classified
+def test_evaluate_gives_the_same_again(classified, tmp_path, capsys):
+    out, printed = shutil.copytree(classified[0], tmp_path / "out"), classified[1]
     before = util.read_record(out, "classifier_photos")
     classifier.main(["evaluate", "--dataset=photos", f"--out={out}"])
     assert table_rows(capsys.readouterr().out) == table_rows(printed)
@@ -146,7 +146,7 @@ def test_evaluate_gives_the_same_again(classified, capsys):
 def test_evaluate_takes_images_of_the_size_that_was_trained_on(classified, tmp_path):
     out = shutil.copytree(classified[0], tmp_path / "out")
     arguments = ["--dataset=photos", f"--out={out}", "--name=classifier_small"]
-    few = ["--size=24", "--limit=600", "--epochs=1", "--rounds=1", "--widths", "16", "16", "16"]
+    few = ["--size=24", "--limit=3400", "--epochs=1", "--rounds=1", "--widths", "16", "16", "16"]
     classifier.main([*arguments, *few])
     classifier.main(["evaluate", *arguments])
     with pytest.raises(util.ModelError, match=r"classifies \(24, 24, 3\), not images \(48, 48, 3\); choose"):
@@ -156,7 +156,7 @@ def test_evaluate_takes_images_of_the_size_that_was_trained_on(classified, tmp_p
 def test_feature_maps_are_classified_instead_of_images(classified, capsys):
     out = classified[0]
     arguments = ["--dataset=photos", "--features=simple_photos", f"--out={out}"]
-    classifier.main([*arguments, "--limit=400", "--batch-size=100", "--epochs=1", "--rounds=1"])
+    classifier.main([*arguments, "--limit=800", "--batch-size=100", "--epochs=1", "--rounds=1"])
     printed = capsys.readouterr().out
     name = "classifier_photos_simple_photos"
     assert (out / "feature_maps/simple_photos_train_pool8.h5").exists()
