@@ -1,7 +1,7 @@
 """Compare nearest neighbours and clusters in pixel, PCA and feature space; trains no network.
 
     python KNN.py                              # CIFAR-10, with simple_cifar10 and stacked_cifar10
-    python KNN.py --dataset stl10              # clusters its 100,000 unlabelled images
+    python KNN.py --dataset stl10              # with simple_stl10; clusters its 100,000 unlabelled images
     python KNN.py --dataset photos --encoders simple_photos
 
 Every test image looks for its nearest training images in the space of pixels, of PCA-compressed pixels, and
