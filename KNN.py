@@ -49,8 +49,8 @@ def in_chunks(images, transform, dimensions):
     """Transform images (N, H, W, 3), uint8 or float32, flat and in [0, 1], to points (N, dimensions)."""
     points = np.empty((len(images), dimensions), np.float32)
     for start in range(0, len(images), CHUNK):
-        part = images[start : start + CHUNK]
-        points[start : start + CHUNK] = transform(util.to_float(part).reshape(len(part), -1))
+        chunk = images[start : start + CHUNK]
+        points[start : start + CHUNK] = transform(util.to_float(chunk).reshape(len(chunk), -1))
     return points
 
 
@@ -63,16 +63,16 @@ def spaces(args, data):
     pca = fit_pca(data.images["train"])
 
     def maps(run):
-        def transform(images, labels, part, **described):
+        def transform(images, labels, subset, **described):
             described |= {"dataset": data.name}
-            features = util.feature_maps(args.out, run, part, images, labels, args.pooling, **described)
+            features = util.feature_maps(args.out, run, subset, images, labels, args.pooling, **described)
             return features.reshape(len(features), -1).astype(np.float32)
 
         return transform
 
     return {
-        "pixels": lambda images, labels, part, **_: in_chunks(images, np.asarray, pca.n_features_in_),
-        "PCA": lambda images, labels, part, **_: in_chunks(images, pca.transform, pca.n_components_),
+        "pixels": lambda images, *_, **__: in_chunks(images, np.asarray, pca.n_features_in_),
+        "PCA": lambda images, *_, **__: in_chunks(images, pca.transform, pca.n_components_),
     } | {run: maps(run) for run in args.encoders}
 
 
@@ -139,8 +139,8 @@ def compare(args, data, queries, space_of):
         k = choose_k(labels[search.kneighbors(points, return_distance=False)], validation[1])
         points, nearest[space] = {}, {}
         for kind, (sigma, images) in queries.items():
-            part = f"test_{kind.replace(' ', '_')}" if sigma else "test"
-            points[kind] = transform(images, truth, part, split="test", sigma=float(sigma))
+            subset = f"test_{kind.replace(' ', '_')}" if sigma else "test"
+            points[kind] = transform(images, truth, subset, split="test", sigma=float(sigma))
             count = min(max(k, SHOWN_NEIGHBOURS), len(train))
             nearest[space][kind] = search.kneighbors(points[kind], count, return_distance=False)
             advance()
@@ -167,7 +167,7 @@ def cluster(args, data, transform):
     return kmeans, np.argsort(distances, axis=0, kind="stable")[:SHOWN_OF_A_CLUSTER].T
 
 
-def cluster_all(stage, args, data, space_of):
+def cluster_all(draft, args, data, space_of):
     """Cluster PCA-compressed pixels, for comparison, and each encoder's feature maps, which are kept.
 
     Returns:
@@ -181,8 +181,8 @@ def cluster_all(stage, args, data, space_of):
         if space in args.encoders:
             gallery[space] = members
             kept = f"kmeans_{args.name}_{space}"
-            np.save(stage / f"models/{kept}_centroids.npy", kmeans.cluster_centers_)
-            np.save(stage / f"models/{kept}_labels.npy", kmeans.labels_)
+            np.save(draft / f"models/{kept}_centroids.npy", kmeans.cluster_centers_)
+            np.save(draft / f"models/{kept}_labels.npy", kmeans.labels_)
     return rows, gallery
 
 
@@ -259,6 +259,12 @@ def clusters_figure(data, gallery):
     return util.rows_figure(rows, f"{data.name}: the images nearest to each centroid", cell=1)
 
 
+def default_encoders(out, dataset):
+    """The runs of a data set whose encoders are compared where none are named."""
+    runs = [f"{kind}_{dataset_name(dataset)}" for kind in ("simple", "stacked")]
+    return [run for run in runs if run in util.saved_runs(out, "encoder")] or runs[:1]
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -295,23 +301,20 @@ def parse_args(argv=None):
     parser.add_argument("--clusters", type=util.number(int, 2), default=10, help="centroids of k-means")
     args = parser.parse_args(argv)
     args.name = args.name or f"knn_{dataset_name(args.dataset)}"
-    if not args.encoders:
-        default = [f"{kind}_{dataset_name(args.dataset)}" for kind in ("simple", "stacked")]
-        there = util.saved_runs(args.out, "encoder")
-        args.encoders = [run for run in default if run in there] or default[:1]
-    args.denoiser = args.denoiser or args.encoders[-1]
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    args.encoders = args.encoders or default_encoders(args.out, args.dataset)
+    args.denoiser = args.denoiser or args.encoders[-1]
     denoiser = util.load_model(args.out, args.denoiser, "autoencoder")
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     count = len(data.images["test"])
     if args.clusters > len(data.images[data.denoiser_split]):
         raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
     check_classes(data, args.dataset)
-    with util.locked(args.out, args.name), util.staged(args.out, args.name) as stage:
+    with util.locked(args.out, args.name), util.publishing(args.out, args.name) as draft:
         space_of = spaces(args, data)
         queries = query_images(data.images["test"], args.sigmas, denoiser)
         rows, nearest = compare(args, data, queries, space_of)
@@ -322,7 +325,7 @@ def main(argv=None):
         print(f"neighbours among {searched}:")
         print(util.format_table(rows))
         print(f"95 % intervals: at most {98 / np.sqrt(count):.1f} points either side")
-        cluster_rows, gallery = cluster_all(stage, args, data, space_of)
+        cluster_rows, gallery = cluster_all(draft, args, data, space_of)
         print(util.format_table(cluster_rows))
         figures = {
             "accuracy": accuracy_figure(rows, list(queries), f"{data.name}, {count:,} test images"),
@@ -330,10 +333,10 @@ def main(argv=None):
             "clusters": clusters_figure(data, gallery),
         }
         for kind, figure in figures.items():
-            util.save_figure(figure, stage / f"figures/{args.name}_{kind}.png")
-        described = {"arguments": util.portable_arguments(args), "environment": util.environment()}
+            util.save_figure(figure, draft / f"figures/{args.name}_{kind}.png")
+        described = {"arguments": util.recorded_arguments(args), "environment": util.environment()}
         results = {"test_images": count, "accuracy": rows, "clusters": cluster_rows}
-        util.write_record(stage, args.name, described | results)
+        util.write_record(draft, args.name, described | results)
     print(f"Written to {args.out}: figures, clusters, record of {args.name}, and feature maps")
 
 

@@ -22,20 +22,19 @@ from functools import partial
 import util
 from load_data import (
     SIGMAS,
-    LabelledBatches,
+    Batches,
     add_data_options,
     add_noise,
     check_classes,
     dataset_name,
     load_data,
-    settle_data_options,
-    size_of_run,
 )
 
 import keras
 import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
@@ -48,7 +47,7 @@ FEATURE_SIDE = 8  # grid that feature maps are averaged to
 # optimization
 ENLARGED = (0.5, 0.5, 0.25)  # share of the images in each round; further ones as the last
 ROUNDS = len(ENLARGED)
-EPOCHS = 15  # of each round
+EPOCHS = 45  # of all rounds together
 BATCH_SIZE = 500
 LEARNING_RATE = 0.12  # share of its norm that the first step turns a kernel by
 LATER_ROUNDS = 0.5  # share of the learning rate that they begin with
@@ -116,6 +115,70 @@ def build_classifier(shape, classes, widths=WIDTHS):
     return keras.Model(inputs, x, name="classifier")
 
 
+class LabelledBatches(Batches):
+    """Feed a classifier with clean images, shifted, mirrored, zoomed or cut out of, and with one-hot labels.
+
+    Mirroring alternates: what one epoch mirrors, the next one does not, so that any two epochs show each
+    image both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
+
+    Args:
+        images: uint8 array (N, H, W, 3), or a float array (N, h, w, c) of feature maps, fed as they are.
+        labels: int64 array (N,).
+        classes: Number of classes.
+        batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
+        seed: Of order, mirroring and all that is drawn.
+        enlarged: Share of the images that are enlarged, 0 to 1.
+    """
+
+    def __init__(self, images, labels, classes, batch_size, seed=0, enlarged=0.5):
+        self.enlarged = enlarged
+        self.one_hot = np.eye(classes, dtype=np.float32)[labels]
+        self.mirrored_first = np.random.default_rng(seed).random(len(images)) < 0.5
+        super().__init__(images, batch_size, seed)
+
+    def __getitem__(self, index):
+        chosen, batch = self.take(index)
+        if batch.dtype == np.uint8:
+            mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
+            batch[mirrored] = batch[mirrored, :, ::-1]
+            rng = np.random.default_rng((self.seed, self.epoch, index))
+            batch = shift_zoom_or_cut_out(batch, rng, self.enlarged)
+        return util.to_float(batch), self.one_hot[chosen]
+
+
+def shift_zoom_or_cut_out(images, rng, share):
+    """Shift images by up to a sixteenth of their side; enlarge some, cut a square out of the others.
+
+    They are enlarged by up to a third; the square has a quarter of their side and becomes grey (DeVries,
+    Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017).
+
+    Args:
+        images: uint8 array (N, side, side, 3).
+        rng: `numpy.random.Generator`.
+        share: Of the images that are enlarged, 0 to 1.
+
+    Returns:
+        Array like `images`; what a shift uncovers mirrors the image.
+    """
+    side, margin = images.shape[1], images.shape[1] // 16
+    padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
+    enlarged = rng.random(len(images)) < share
+    shown = np.where(enlarged, side * rng.uniform(0.75, 1, len(images)), side)
+    corners = rng.random((len(images), 2)) * (side + 2 * margin - shown)[:, None]
+    # whole pixels where nothing is enlarged: those images stay sharp
+    corners = np.where(enlarged[:, None], corners, corners.round())
+    hole = side // 4
+    holes = rng.integers(0, side - hole + 1, (len(images), 2))
+    result = np.empty_like(images)
+    for index, (image, (left, top), width) in enumerate(zip(padded, corners, shown, strict=True)):
+        box = (left, top, left + width, top + width)
+        result[index] = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box)
+        if not enlarged[index]:
+            row, column = holes[index]
+            result[index, row : row + hole, column : column + hole] = 128
+    return result
+
+
 class TurningMuon(util.ConvolutionMuon):
     """Muon that gives a kernel the norm sqrt(out) again after every step.
 
@@ -152,7 +215,7 @@ def average_weights(model, weights, batches):
         weights: List of what its `get_weights` has returned.
         batches: `load_data.Batches` that the statistics are measured on.
     """
-    model.set_weights([np.mean(parts, axis=0) for parts in zip(*weights, strict=True)])
+    model.set_weights([np.mean(versions, axis=0) for versions in zip(*weights, strict=True)])
     for index in range(min(MEASURED_BATCHES, len(batches))):
         model(batches[index][0], training=True)
 
@@ -162,7 +225,7 @@ def train_round(model, batches, validation, args, number):
 
     Args:
         model: Built classifier; has the best weights afterwards.
-        batches: `load_data.LabelledBatches`.
+        batches: `LabelledBatches`.
         validation: Inputs and one-hot labels that tell the best epoch.
         args: Arguments of the run.
         number: Of the round, from 1.
@@ -170,18 +233,17 @@ def train_round(model, batches, validation, args, number):
     Returns:
         The metrics, a dict for each epoch.
     """
+    epochs, epochs_before = (args.epochs * n // args.rounds for n in (number, number - 1))
+    epochs -= epochs_before
     rate = args.learning_rate * (1 if number == 1 else LATER_ROUNDS)
     model.compile(
-        optimizer=build_optimizer(rate, args.epochs * len(batches)),
+        optimizer=build_optimizer(rate, epochs * len(batches)),
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING),
         metrics=["accuracy"],
     )
     shuffle = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.go_to(epoch))
     folder = util.training_folder(args.out, args.name)
-    rows = util.fit(
-        model, batches, validation, args.epochs, folder, MONITOR, [shuffle], stage=f"round_{number}"
-    )
-    epochs_before = (number - 1) * args.epochs
+    rows = util.fit(model, batches, validation, epochs, folder, MONITOR, [shuffle], f"round_{number}")
     return [{"round": number} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
 
 
@@ -248,8 +310,8 @@ def training_inputs(args, data):
 def predict(model, images, represent):
     """The most probable class of each image, int64 (N,)."""
     starts = range(0, len(images), CHUNK)
-    parts = [model.predict_on_batch(represent(images[start : start + CHUNK])) for start in starts]
-    return np.concatenate(parts).argmax(axis=1)
+    chunks = [model.predict_on_batch(represent(images[start : start + CHUNK])) for start in starts]
+    return np.concatenate(chunks).argmax(axis=1)
 
 
 def predict_all(model, clean, denoisers, represent):
@@ -288,7 +350,7 @@ def accuracy_rows(measured):
     """Rows of the table: for each sigma the accuracy of each kind, with its interval.
 
     Args:
-        measured: Dict by (sigma, kind), as of `predict_all`, of what `accuracy` returns.
+        measured: Dict by (sigma, kind) of what `accuracy` returns.
     """
     rows = {sigma: {"sigma": sigma} for sigma in SIGMAS}
     for (sigma, kind), (share, low, high) in measured.items():
@@ -319,14 +381,14 @@ def confusion_figure(labels, predicted, class_names, title):
 
 
 def sigma_figure(measured, title):
-    """Accuracy against sigma, a curve for each kind of image; `measured` as of `accuracy_rows`."""
+    """Accuracy against sigma, a curve for each kind of image; `measured` as `accuracy_rows` takes it."""
     curves = {"clean": ((SIGMAS[0], SIGMAS[-1]), 2 * [measured[0, "clean"][0]])}
     for kind in dict.fromkeys(kind for sigma, kind in measured if sigma):
         curves[kind] = SIGMAS, [measured[sigma, kind][0] for sigma in SIGMAS]
     return util.curves_figure([("sigma", "accuracy in %", curves)], title)
 
 
-def evaluate(stage, args, model, denoisers, data, represent):
+def evaluate(draft, args, model, denoisers, data, represent):
     """Measure a classifier, print the tables, write the figures.
 
     Returns:
@@ -348,11 +410,11 @@ def evaluate(stage, args, model, denoisers, data, represent):
         pairs = confused_pairs(labels, predicted, data.class_names)
         title = kind if kind == "clean" else f"{kind}, sigma {sigma}"
         title += f", by {source}" if kind == "denoised" else ""
-        told = ", ".join(f"{true} for {other} {part:.1f} %" for part, true, other in pairs)
+        told = ", ".join(f"{true} for {other} {share:.1f} %" for share, true, other in pairs)
         print(f"most confused, {title}: {told or 'none'}")
         figures[f"{kind}_confusion"] = confusion_figure(labels, predicted, data.class_names, title)
     for kind, figure in figures.items():
-        util.save_figure(figure, stage / f"figures/{args.name}_{kind}.png")
+        util.save_figure(figure, draft / f"figures/{args.name}_{kind}.png")
     results = [
         {"sigma": sigma, "images": kind, "accuracy": share, "low": low, "high": high}
         for (sigma, kind), (share, low, high) in measured.items()
@@ -360,7 +422,7 @@ def evaluate(stage, args, model, denoisers, data, represent):
     return {"evaluation": {f"{data.name}, {count} images": results}}
 
 
-def load_classifier(args, data):
+def load_fitting(args, data):
     """Load a saved classifier that was trained on such data and is fed the same way.
 
     Raises:
@@ -385,17 +447,17 @@ def load_classifier(args, data):
 
 def write_run(args, model, rows, denoisers, data, represent):
     """Write everything that a training run leaves behind, all at once."""
-    with util.staged(args.out, args.name) as stage:
-        util.save_model(stage, model, args.name)
-        util.write_csv(stage / f"logs/{args.name}.csv", rows)
+    with util.publishing(args.out, args.name) as draft:
+        util.save_model(draft, model, args.name)
+        util.write_csv(draft / f"logs/{args.name}.csv", rows)
         history = util.history_figure(rows, ("loss", "accuracy"), args.name)
-        util.save_figure(history, stage / f"figures/{args.name}_history.png")
-        record = util.describe_run(args, data, rows, MONITOR)
+        util.save_figure(history, draft / f"figures/{args.name}_history.png")
+        record = util.describe_run(args, rows, MONITOR) | data.described
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
         rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]
-        record["best"] = [util.best_row(part, MONITOR) for part in rounds]
-        results = evaluate(stage, args, model, denoisers, data, represent)
-        util.write_record(stage, args.name, record | results)
+        record["best"] = [util.best_row(epochs, MONITOR) for epochs in rounds]
+        results = evaluate(draft, args, model, denoisers, data, represent)
+        util.write_record(draft, args.name, record | results)
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")
 
 
@@ -407,14 +469,19 @@ def replaced(rows, new):
 def evaluate_saved(args, data, denoisers, represent):
     """Evaluate a saved classifier, write its figures and add the result to the run record."""
     with util.locked(args.out, args.name):
-        model = load_classifier(args, data)
+        model = load_fitting(args, data)
         record = util.read_record(args.out, args.name)
-        with util.staged(args.out, args.name) as stage:
-            results = evaluate(stage, args, model, denoisers, data, represent)["evaluation"]
+        with util.publishing(args.out, args.name) as draft:
+            results = evaluate(draft, args, model, denoisers, data, represent)["evaluation"]
             evaluations = record.get("evaluation", {})
             for key, rows in results.items():
                 evaluations[key] = replaced(evaluations.get(key, []), rows)
-            util.write_record(stage, args.name, record | {"evaluation": evaluations})
+            util.write_record(draft, args.name, record | {"evaluation": evaluations})
+
+
+def default_name(args):
+    """Name of the run, where none is given."""
+    return "_".join(filter(None, ("classifier", dataset_name(args.dataset), args.features)))
 
 
 def parse_args(argv=None):
@@ -426,7 +493,7 @@ def parse_args(argv=None):
         "--rounds",
         type=util.number(int, 1),
         default=ROUNDS,
-        help="trainings of so many epochs, one after another, whose weights are averaged",
+        help="parts of the training; in each the rate falls to zero, and their weights are averaged",
     )
     train.add_argument(
         "--learning-rate",
@@ -459,26 +526,21 @@ def parse_args(argv=None):
             metavar="NAME",
             help="run whose encoder's feature maps are classified instead of images",
         )
-    args = parser.parse_args(argv)
-    settle_data_options(args)
-    if not args.name:
-        parts = ["classifier", dataset_name(args.dataset), args.features]
-        args.name = "_".join(part for part in parts if part)
-    if args.verb == "train" and args.resume:  # what is not given now is as it was given then
-        train.set_defaults(**util.resumed_arguments(args.out, args.name))
-        args = parser.parse_args([*argv, "--name", args.name])
-        settle_data_options(args)
-    if args.denoisers is None:
-        args.denoisers = util.saved_runs(args.out, "autoencoder")
+    args = util.parse_resumable(parser, train, argv, default_name)
+    if args.verb == "train" and args.epochs < args.rounds:
+        train.error(f"argument --epochs: {args.epochs} are too few for {args.rounds} rounds")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.denoisers is None:
+        args.denoisers = util.saved_runs(args.out, "autoencoder")
     denoisers = {name: util.load_model(args.out, name, "autoencoder") for name in args.denoisers}
     represent = representation(args)
     if args.verb == "evaluate":
-        size = size_of_run(args, util.read_record(args.out, args.name))
+        record = util.read_record(args.out, args.name)
+        size = args.size or util.size_of_run(record, dataset_name(args.dataset))
         evaluate_saved(args, load_data(args.dataset, args.data_dir, size), denoisers, represent)
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)

@@ -67,10 +67,10 @@ STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder
-SHRUNK = (2, 4)  # training patches of photographs are cut from half and a quarter of the size, too
-WHOLE_PICTURES = 10  # with fewer photographs, each is divided among the splits
-JPEG_EXIF = 65_533  # bytes that a JPEG has room for
-SAVED_AS = {"JPEG": {"quality": 95}, "AVIF": {"quality": 95}, "WEBP": {"lossless": True}}
+SHRINKING = (2, 4)  # training patches of photographs are cut from half and a quarter of the size, too
+FEWEST_HELD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
+MAX_JPEG_EXIF = 65_533  # bytes
+SAVE_OPTIONS = {"JPEG": {"quality": 95}, "AVIF": {"quality": 95}, "WEBP": {"lossless": True}}
 RESIZED_VERSION, PATCHES_VERSION = 1, 2  # of the caches
 
 
@@ -84,6 +84,11 @@ class Data:
     labels: dict
     class_names: tuple
     checksums: dict  # MD5 of the files it came from, for the run record
+
+    @property
+    def described(self):
+        """What a run record tells of the data."""
+        return {"data": {"name": self.name, "checksums": self.checksums}}
 
     @property
     def denoiser_split(self):
@@ -139,8 +144,9 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
             raise DataError(
                 f"{dataset}: --limit {limit} is more than its {available} training images; lower it"
             )
-        for part in {"train", split}:
-            data.images[part], data.labels[part] = data.images[part][:limit], data.labels[part][:limit]
+        for limited in {"train", split}:
+            data.images[limited] = data.images[limited][:limit]
+            data.labels[limited] = data.labels[limited][:limit]
     return data
 
 
@@ -155,6 +161,18 @@ def check_classes(data, dataset):
         raise DataError(f"{dataset}: its training images are all of one class; {remedy}")
 
 
+def absolute_path(text):
+    """Absolute path of what a command line names, so that --resume finds it from any folder."""
+    if not text:
+        raise ValueError(text)
+    return str(Path(text).resolve())
+
+
+def dataset_or_folder(text):
+    """Value of --dataset: the name of a built-in data set, or the absolute path of a folder."""
+    return text if text in BUILT_IN else absolute_path(text)
+
+
 def dataset_name(dataset):
     """Name of a data set in the names of runs; that of a folder is its last part."""
     if dataset in BUILT_IN:
@@ -163,64 +181,29 @@ def dataset_name(dataset):
     return f"{name}_folder" if name in BUILT_IN else name
 
 
-class _Pickled:
-    """Stands in for a numpy array or data type in a pickle: numpy itself crashes on damaged ones."""
-
-    def __init__(self, *_):
-        self.state = ()
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _CifarUnpickler(pickle.Unpickler):
-    """Admits what the official CIFAR-10 batches hold, and nothing else."""
-
-    ADMITTED = {
-        ("numpy.core.multiarray", "_reconstruct"): _Pickled,
-        ("numpy", "ndarray"): _Pickled,
-        ("numpy", "dtype"): _Pickled,
-    }
-
-    def find_class(self, module, name):
-        try:
-            return self.ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which no CIFAR-10 file does"
-            ) from None
-
-
-def read_cifar10_batch(path, md5=None):
+def read_cifar10_batch(path, md5):
     """Read one batch of the python version of CIFAR-10.
 
     Args:
         path: `data_batch_1` to `data_batch_5` or `test_batch`.
-        md5: Expected checksum; checked before anything is unpickled.
+        md5: Its MD5. It is checked first, since a pickle of another origin could run any code.
 
     Returns:
         uint8 images (N, 32, 32, 3) and int64 labels (N,) from 0 to 9.
 
     Raises:
-        DataError: missing file, wrong checksum, or not a CIFAR-10 batch.
+        DataError: missing file or wrong checksum.
     """
     path = Path(path)
     remedy = "delete it and run again to download it"
     if not path.is_file():
         raise DataError(f"{path}: not found; {remedy}")
     raw = path.read_bytes()
-    if md5 and hashlib.md5(raw).hexdigest() != md5:
+    if hashlib.md5(raw).hexdigest() != md5:
         raise DataError(f"{path}: wrong MD5; {remedy}")
-    try:
-        batch = _CifarUnpickler(io.BytesIO(raw), encoding="latin1").load()
-        pixels = bytearray(batch["data"].state[-1], "latin1")  # the strings of Python 2 were bytes
-        images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.asarray(batch["labels"], np.int64)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(f"{path}: not a CIFAR-10 batch ({error}); {remedy}") from None
-    if len(images) != len(labels) or labels.min(initial=0) < 0 or labels.max(initial=0) > 9:
-        raise DataError(f"{path}: labels missing or out of range 0 to 9; {remedy}")
-    return images, labels
+    batch = pickle.loads(raw, encoding="latin1")  # written by Python 2
+    images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return images, np.asarray(batch["labels"], np.int64)
 
 
 def _load_cifar10(data_dir, size):
@@ -318,7 +301,7 @@ def read_picture(path):
     """Read an image file of any kind as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
 
     Raises:
-        OSError: as of `read_pixels`.
+        OSError: not an image that `read_pixels` reads.
     """
     pixels, _, _ = read_pixels(path)
     if pixels.dtype == np.uint16:
@@ -407,7 +390,7 @@ def _upright(pixels, orientation):
 
 
 def write_pixels(path, pixels, alpha=None, metadata=None):
-    """Write what `read_pixels` returns, in the format that the ending of `path` asks for, as in SAVED_AS.
+    """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
     Raises:
         OSError: the format cannot hold these channels or this depth; or the disk is full, and so on.
@@ -420,7 +403,7 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
         raise OSError(f"{path}: {suffix} holds no 16 bits; choose .png")
     if alpha is not None and kind == "JPEG":
         raise OSError(f"{path}: JPEG holds no transparency; choose .png")
-    if kind == "JPEG" and len(metadata.get("exif", b"")) > JPEG_EXIF:
+    if kind == "JPEG" and len(metadata.get("exif", b"")) > MAX_JPEG_EXIF:
         del metadata["exif"]
     channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
     with atomic(path) as temporary:
@@ -438,7 +421,7 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
         else:
             image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
             try:
-                image.save(temporary, **SAVED_AS.get(kind, {}), **metadata)
+                image.save(temporary, **SAVE_OPTIONS.get(kind, {}), **metadata)
             except ValueError as error:
                 raise OSError(f"{path}: {suffix} cannot hold it ({error}); choose .png") from None
 
@@ -480,7 +463,7 @@ def _cut(picture, size, training, at_most, rng):
     in the picture itself. The others do not overlap.
     """
     copies = [(picture, size // 2 if training else size)]
-    for divisor in SHRUNK if training else ():
+    for divisor in SHRINKING if training else ():
         if min(picture.shape[:2]) // divisor >= size:
             copies.append((shrunk(picture, divisor), size // 2 // divisor))
     places = [(copy, *corner) for copy, step in copies for corner in corners(copy, size, step)]
@@ -492,7 +475,7 @@ def _cut(picture, size, training, at_most, rng):
     return patches
 
 
-def _split_whole(count, rng):
+def split_pictures(count, rng):
     """Splits of `count` photographs by index: a twentieth each for validation and test."""
     share = -(-count // 20)
     splits = ["train"] * count
@@ -501,31 +484,10 @@ def _split_whole(count, rng):
     return splits
 
 
-def held_out_pictures(folder):
-    """The photographs of a folder that make its test split, whole.
-
-    Args:
-        folder: Folder of at least WHOLE_PICTURES images; with fewer, none is held out whole.
-
-    Returns:
-        List of uint8 arrays (H, W, 3), in the order of the file names.
-
-    Raises:
-        DataError: no such folder, or too few images in it.
-    """
-    files = _image_files(Path(folder))
-    if len(files) < WHOLE_PICTURES:
-        raise DataError(
-            f"{folder}: its {len(files)} images are all trained on in part; add some, or take others"
-        )
-    splits = _split_whole(len(files), np.random.default_rng(SPLIT_SEED))
-    return [read_picture(path) for path, split in zip(files, splits, strict=True) if split == "test"]
-
-
 def _cut_and_split(pictures, count, size):
     """Split `count` pictures among train, validation and test, then cut them.
 
-    Of WHOLE_PICTURES and more, a twentieth each is kept for validation and test; of fewer, every picture
+    Of FEWEST_HELD_OUT and more, a twentieth each is kept for validation and test; of fewer, every picture
     is split into vertical bands instead.
 
     Args:
@@ -537,12 +499,12 @@ def _cut_and_split(pictures, count, size):
         Two dicts by split: patches uint8 (N, size, size, 3), labels int64 (N,).
     """
     rng = np.random.default_rng(SPLIT_SEED)
-    whole = _split_whole(count, rng)
+    split_of = split_pictures(count, rng)
     patches = {split: [] for split in ("train", "validation", "test")}
     labels = {split: [] for split in patches}
     for index, (picture, label) in enumerate(pictures):
-        if count >= WHOLE_PICTURES:
-            regions = {whole[index]: picture}
+        if count >= FEWEST_HELD_OUT:
+            regions = {split_of[index]: picture}
         else:
             first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
             bands = np.split(picture, [first, second], axis=1)
@@ -551,13 +513,11 @@ def _cut_and_split(pictures, count, size):
             cuts = _cut(region, size, split == "train", max(1, MAX_PATCHES // count), rng)
             patches[split].append(cuts)
             labels[split].append(np.full(len(cuts), label, np.int64))
-    patches, labels = (
-        {split: np.concatenate(parts[split]) for split in parts} for parts in (patches, labels)
-    )
+    patches = {split: np.concatenate(cuts) for split, cuts in patches.items()}
+    labels = {split: np.concatenate(cuts) for split, cuts in labels.items()}
     kept = evenly(len(labels["validation"]), VALIDATION)
-    return patches | {"validation": patches["validation"][kept]}, labels | {
-        "validation": labels["validation"][kept]
-    }
+    patches["validation"], labels["validation"] = patches["validation"][kept], labels["validation"][kept]
+    return patches, labels
 
 
 def _load_photos(size):
@@ -580,7 +540,12 @@ def _nonempty(data, source, size):
     return data
 
 
-def _image_files(folder):
+def image_files(folder):
+    """Paths of the images in a folder and its subfolders, sorted; hidden ones are left out.
+
+    Raises:
+        DataError: no such folder, or no images in it.
+    """
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; --dataset is cifar10, stl10, photos or a folder of images"
@@ -603,7 +568,7 @@ def _load_folder(folder, data_dir, size):
 
     Subfolders, if any, are the classes; what lies beside them is one more, of the data set's name.
     """
-    files = _image_files(folder)
+    files = image_files(folder)
     stats = [
         (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files
     ]
@@ -712,7 +677,7 @@ class Batches(keras.utils.PyDataset):
         return len(self.images) // self.batch_size
 
     def __getitem__(self, index):
-        batch = self._take(index)[1]
+        batch = self.take(index)[1]
         rng = np.random.default_rng((self.seed, self.epoch, index))
         mirrored = rng.random(len(batch)) < 0.5
         batch[mirrored] = batch[mirrored, :, ::-1]
@@ -721,76 +686,13 @@ class Batches(keras.utils.PyDataset):
         clean = to_float(batch)
         return clean, clean
 
-    def _take(self, index):
-        """Which images make a batch, and a copy of them."""
+    def take(self, index):
+        """Indices of the images of a batch, and a copy of these images."""
         chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
         batch = self.images[chosen]
         if self._mapped is not None:
             _forget_pages(self._mapped)
         return chosen, batch
-
-
-class LabelledBatches(Batches):
-    """Feed a classifier with clean images, shifted, mirrored, zoomed or cut out of, and with one-hot labels.
-
-    Mirroring alternates: what one epoch mirrors, the next one does not, so that any two epochs show each
-    image both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
-
-    Args:
-        images: uint8 array (N, H, W, 3), or a float array (N, h, w, c) of feature maps, fed as they are.
-        labels: int64 array (N,).
-        classes: Number of classes.
-        batch_size, seed: As of `Batches`.
-        enlarged: Share of the images that are enlarged, 0 to 1.
-    """
-
-    def __init__(self, images, labels, classes, batch_size, seed=0, enlarged=0.5):
-        self.enlarged = enlarged
-        self.one_hot = np.eye(classes, dtype=np.float32)[labels]
-        self.mirrored_first = np.random.default_rng(seed).random(len(images)) < 0.5
-        super().__init__(images, batch_size, seed)
-
-    def __getitem__(self, index):
-        chosen, batch = self._take(index)
-        if batch.dtype == np.uint8:
-            mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
-            batch[mirrored] = batch[mirrored, :, ::-1]
-            rng = np.random.default_rng((self.seed, self.epoch, index))
-            batch = shift_zoom_or_cut_out(batch, rng, self.enlarged)
-        return to_float(batch), self.one_hot[chosen]
-
-
-def shift_zoom_or_cut_out(images, rng, share):
-    """Shift images by up to a sixteenth of their side; enlarge some, cut a square out of the others.
-
-    They are enlarged by up to a third; the square has a quarter of their side and becomes grey (DeVries,
-    Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017).
-
-    Args:
-        images: uint8 array (N, side, side, 3).
-        rng: `numpy.random.Generator`.
-        share: Of the images that are enlarged, 0 to 1.
-
-    Returns:
-        Array like `images`; what a shift uncovers mirrors the image.
-    """
-    side, margin = images.shape[1], images.shape[1] // 16
-    padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
-    enlarged = rng.random(len(images)) < share
-    shown = np.where(enlarged, side * rng.uniform(0.75, 1, len(images)), side)
-    corners = rng.random((len(images), 2)) * (side + 2 * margin - shown)[:, None]
-    # whole pixels where nothing is enlarged: those images stay sharp
-    corners = np.where(enlarged[:, None], corners, corners.round())
-    hole = side // 4
-    holes = rng.integers(0, side - hole + 1, (len(images), 2))
-    result = np.empty_like(images)
-    for index, (image, (left, top), width) in enumerate(zip(padded, corners, shown, strict=True)):
-        box = (left, top, left + width, top + width)
-        result[index] = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box)
-        if not enlarged[index]:
-            row, column = holes[index]
-            result[index, row : row + hole, column : column + hole] = 128
-    return result
 
 
 def _memory_map(array):
@@ -810,11 +712,15 @@ def add_data_options(parser):
     """Add the options that say which data a script works on."""
     parser.add_argument(
         "--dataset",
+        type=dataset_or_folder,
         default="cifar10",
         help="cifar10, stl10, photos (two photographs inside scikit-learn) or a folder of images",
     )
     parser.add_argument(
-        "--data-dir", default=str(HERE / "data"), help="where data are kept and downloaded to"
+        "--data-dir",
+        type=absolute_path,
+        default=str(HERE / "data"),
+        help="where data are kept and downloaded to",
     )
     parser.add_argument(
         "--size",
@@ -822,25 +728,6 @@ def add_data_options(parser):
         default=None,
         help=f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})",
     )
-
-
-def size_of_run(args, record):
-    """The `size` to load images in for a saved run: that of --size, else that which it was trained at.
-
-    Args:
-        args: Arguments with `dataset` and `size`.
-        record: The record of the run.
-    """
-    if args.size is None and record.get("data", {}).get("name") == dataset_name(args.dataset):
-        return record.get("arguments", {}).get("size")
-    return args.size
-
-
-def settle_data_options(args):
-    """Make the paths of data absolute, so that --resume finds them from anywhere."""
-    if args.dataset not in BUILT_IN:
-        args.dataset = str(Path(args.dataset).resolve())
-    args.data_dir = str(Path(args.data_dir).resolve())
 
 
 def parse_args(argv=None):

@@ -34,8 +34,6 @@ from load_data import (
     evenly,
     load_data,
     read_pixels,
-    settle_data_options,
-    size_of_run,
     write_pixels,
 )
 
@@ -53,7 +51,7 @@ INITIAL_LOG_VAR = -10.0  # of the code: its standard deviation starts at 0.007, 
 EPOCHS = 20
 BATCH_SIZE = 16  # 64 is 0.2 dB behind after 77,000 images
 LEARNING_RATE = 1e-3
-FINAL_RATE = 0.01  # share of the learning rate that is left at the end
+DECAY = 0.01  # ratio of the last learning rate to the highest
 WARMUP_STEPS = 500  # and at most a tenth of the training
 CLIP_NORM = 0.5  # without it the first steps can destroy the identity that the model starts as
 KL_WEIGHT = 1e-3
@@ -61,7 +59,6 @@ SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_SHARE, JPEG_SHARE = 0.2, 0.3  # of the training images with --photographs
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 GREY_LEVEL = 1 / 255
-CLASSIFIER_WEIGHT = 1.0  # of the classifiers' verdict, with --classifier
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
 # what is measured and shown
@@ -75,9 +72,8 @@ POSTERIOR_SAMPLES, POSTERIOR_IMAGES = 20, 500
 FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
-PHOTO_DATASET = "photos432"  # whose model denoises them, where it is saved
-SAMPLING_TILE = 512  # smaller than without samples, since codes and draws take memory too
-DEVIATION_SCALE = 100  # brightness for a grey level of deviation: white from 2.55 on
+PHOTOGRAPHS = "photos432"  # data set whose model denoises them, where it is saved
+DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
 
 
 def residual_blocks(x, filters, count, name):
@@ -142,17 +138,10 @@ def start_as_identity(encoder, decoder):
     decoder.get_layer("to_pixels").set_weights([cell, np.full(3, 0.5)])
 
 
-def start_from(encoder, decoder, out, name):
-    """Set the weights to those of the saved run `name`; raises as `util.start_from` does."""
-    util.start_from(encoder, out, name, "encoder")
-    util.start_from(decoder, out, name, "decoder")
-
-
 def build_autoencoder(encoder, decoder):
     """Autoencoder: noisy image to denoised image, by way of the posterior means alone."""
     noisy = keras.Input((None, None, 3), name="noisy")
-    means = encoder(noisy)[::2]
-    return keras.Model(noisy, decoder(means if len(means) > 1 else means[0]), name="autoencoder")
+    return keras.Model(noisy, util.decode(decoder, util.split_codes(encoder(noisy))[0]), name="autoencoder")
 
 
 class DenoisingVAE(keras.Model):
@@ -169,49 +158,29 @@ class DenoisingVAE(keras.Model):
     Decoders", ICML 2021). It values a decibel alike at every sigma, where a plain MSE would hear little but
     the strongest noise. g keeps images without noise from outweighing the rest.
 
-    With classifiers p, the loss has one term more, the mean of `KL(p(clean) || p(denoised))` over them, times
-    `CLASSIFIER_WEIGHT`: what is denoised should be taken for what it is (the stability objective of Salman,
-    Sun, Yang, Kapoor, Kolter, "Denoised Smoothing: A Provable Defense for Pretrained Classifiers", NeurIPS
-    2020).
-
     Args:
         encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
         decoder: The codes of all levels to images.
         sigma: Lowest and highest sigma of the training noise, on the 0-255 scale.
         kl_weight: Weight of the KL term.
         seed: Of noise and samples.
-        photographs: Whether the noise of some images is that of `noise_in_files` instead of white.
-        classifiers: Saved classifiers of clean images; are not trained.
+        photographs: Whether the noise of some images is that of grey or JPEG files instead of white.
     """
 
-    def __init__(
-        self,
-        encoder,
-        decoder,
-        sigma=SIGMA_RANGE,
-        kl_weight=KL_WEIGHT,
-        seed=0,
-        photographs=False,
-        classifiers=(),
-    ):
+    def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0, photographs=False):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
         self.sigma, self.kl_weight, self.seed, self.photographs = sigma, kl_weight, seed, photographs
-        self.classifiers = list(classifiers)
-        for classifier in self.classifiers:
-            classifier.trainable = False
         self.random = keras.random.SeedGenerator(seed)
         self.psnr = keras.metrics.Mean("psnr")
         self.kl = keras.metrics.Mean("kl")
 
     def call(self, images, training=False):
         images = ops.cast(images, "float32")
-        codes = [
-            ops.cast(code, "float32") for code in self.encoder(self.noisy(images) if training else images)
-        ]
-        means, log_vars = codes[::2], codes[1::2]
+        outputs = self.encoder(self.noisy(images) if training else images)
+        means, log_vars = util.split_codes([ops.cast(output, "float32") for output in outputs])
         z = [self.sample(*code) for code in zip(means, log_vars, strict=True)] if training else means
-        return self.decoder(z if len(z) > 1 else z[0]), means, log_vars
+        return util.decode(self.decoder, z), means, log_vars
 
     def noisy(self, clean):
         low, high = (limit / 255 for limit in self.sigma)
@@ -220,7 +189,7 @@ class DenoisingVAE(keras.Model):
         if self.photographs:
             in_jpeg = keras.random.uniform(ops.shape(sigma), seed=self.random) < JPEG_SHARE
             blocky = keras.random.uniform(ops.shape(sigma), seed=self.random)
-            noise = noise_in_files(clean, noise, in_jpeg, blocky)
+            noise = grey_or_jpeg_noise(clean, noise, in_jpeg, blocky)
         return clean + sigma * noise
 
     def sample(self, z_mean, z_log_var):
@@ -234,22 +203,11 @@ class DenoisingVAE(keras.Model):
         self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.kl.update_state(kl)
         loss = 0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl
-        if self.classifiers:
-            loss += CLASSIFIER_WEIGHT * self.misjudgement(y, denoised)
         return ops.mean(loss)
 
-    def misjudgement(self, clean, denoised):
-        """KL(p(clean) || p(denoised)) of each image in nats, mean over the classifiers' probabilities p."""
-        pair = [ops.clip(images, 0, 1) for images in (clean, denoised)]
-        divergence = 0.0
-        for classifier in self.classifiers:
-            p, q = (classifier(images, training=False) for images in pair)
-            divergence += ops.sum(p * (ops.log(p + 1e-7) - ops.log(q + 1e-7)), axis=-1)
-        return divergence / len(self.classifiers)
 
-
-def noise_in_files(clean, noise, in_jpeg, blocky):
-    """Turn white noise into what a file holds of it, where it cannot hold all of it.
+def grey_or_jpeg_noise(clean, noise, in_jpeg, blocky):
+    """Turn white noise into what grey files and JPEG files hold of it.
 
     A grey image has one channel, so that its noise is alike in all three. JPEG halves the resolution of
     colours (4:2:0), and the noise in them with it. Decoders enlarge them again by repetition or, most of
@@ -265,7 +223,7 @@ def noise_in_files(clean, noise, in_jpeg, blocky):
         Tensor like `noise`.
     """
     luma = ops.sum(noise * np.array(LUMA, np.float32), axis=-1, keepdims=True)
-    halved = ops.average_pool(noise - luma, 2)
+    halved = ops.average_pool(noise - luma, 2, strides=2)
     repeated = ops.repeat(ops.repeat(halved, 2, axis=1), 2, axis=2)
     smooth = ops.image.resize(halved, ops.shape(clean)[1:3], interpolation="bilinear")
     colour = blocky * repeated + (1 - blocky) * smooth
@@ -325,7 +283,7 @@ def build_optimizer(learning_rate, steps):
     """Muon whose learning rate rises linearly, then falls along a cosine to a hundredth over `steps`."""
     warmup = min(WARMUP_STEPS, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - warmup), alpha=FINAL_RATE, warmup_target=learning_rate, warmup_steps=warmup
+        0.0, max(1, steps - warmup), alpha=DECAY, warmup_target=learning_rate, warmup_steps=warmup
     )
     return util.ConvolutionMuon(
         schedule, weight_decay=None, adam_weight_decay=None, global_clipnorm=CLIP_NORM
@@ -338,17 +296,9 @@ def whole_cells(images, cell):
     return images[:, :height, :width]
 
 
-def build_vae(encoder, decoder, args, data):
-    """What trains `encoder` and `decoder` as the arguments of the run say.
-
-    Raises:
-        util.ModelError: as of `load_classifier`.
-    """
-    shape = whole_cells(data.sample("train", 1), util.stride(encoder)).shape[1:]
-    classifiers = [load_classifier(args.out, name, shape) for name in args.classifier]
-    return DenoisingVAE(
-        encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs, classifiers
-    )
+def build_vae(encoder, decoder, args):
+    """What trains `encoder` and `decoder` as the arguments of the run say."""
+    return DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs)
 
 
 def validation_noise(clean, sigma_range):
@@ -363,28 +313,7 @@ def gif_images(data, cell):
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
-def load_classifier(out, name, shape):
-    """Load a classifier that a denoiser is to be tuned for, in the precision that is set for training.
-
-    Args:
-        out: Output folder.
-        name: Of the classifier's run.
-        shape: (H, W, 3) of the images that it has to judge.
-
-    Raises:
-        util.ModelError: it is missing or damaged, or classifies something else.
-    """
-    model = util.load_model(out, name)
-    expected = model.input_shape[1:]
-    if expected != shape:
-        path = out / "models" / f"{name}.json"
-        raise util.ModelError(
-            f"{path}: classifies {expected}, not images {shape}; choose another --classifier"
-        )
-    return util.copy_in_policy(model)
-
-
-def fit(vae, data, args, epochs, stage="", epochs_before=0):
+def fit_denoiser(vae, data, args, epochs, stage="", epochs_before=0):
     """Train `vae` on clean images, keeping a checkpoint after every epoch; go on from one that is there.
 
     Args:
@@ -399,7 +328,7 @@ def fit(vae, data, args, epochs, stage="", epochs_before=0):
         The metrics, a dict for each epoch.
 
     Raises:
-        util.ModelError: as of `util.fit`.
+        util.ModelError: the loss became NaN, or the checkpoint is damaged.
     """
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
     images = whole_cells(data.images[data.denoiser_split], cell)
@@ -433,21 +362,20 @@ def evaluate(denoisers, clean, sigmas=SIGMAS):
     for sigma in sigmas:
         rng = np.random.default_rng(TEST_NOISE_SEED)
         measured = {}
-        for part in clean:
-            noisy = add_noise(part, sigma, rng)
+        for images in clean:
+            noisy = add_noise(images, sigma, rng)
             outputs = {"noisy": util.to_uint8(noisy)}
             outputs |= {label: denoise(noisy, sigma) for label, denoise in denoisers.items()}
             for measure in (util.psnr, util.ssim):
                 for label, output in outputs.items():
-                    measured.setdefault(f"{label} {measure.__name__.upper()}", []).append(
-                        measure(part, output)
-                    )
+                    key = f"{label} {measure.__name__.upper()}"
+                    measured.setdefault(key, []).append(measure(images, output))
         table.append({"sigma": sigma} | {key: float(np.concatenate(v).mean()) for key, v in measured.items()})
     return table
 
 
-def blind(models):
-    """Saved autoencoders by label as denoisers by label; they do not look at sigma."""
+def without_sigma(models):
+    """Saved autoencoders by label as what `evaluate` measures; nobody tells them sigma."""
     return {
         label: lambda noisy, sigma, model=model: util.denoise(model, noisy) for label, model in models.items()
     }
@@ -467,7 +395,7 @@ def reconstruction_figure(models, clean, sigmas=(25, 50)):
 
 def sweep_figure(models, clean):
     """PSNR and SSIM against sigma of the noisy images and of each model's output."""
-    table = evaluate(blind(models), clean, SWEEP)
+    table = evaluate(without_sigma(models), clean, SWEEP)
     panels = []
     for measure in ("PSNR", "SSIM"):
         keys = [key for key in table[0] if key.endswith(measure)]
@@ -476,12 +404,12 @@ def sweep_figure(models, clean):
     return util.curves_figure(panels, f"Mean over {len(clean)} test images", ticks=SIGMAS)
 
 
-def decoded_samples(decoder, codes, count, seed=TEST_NOISE_SEED):
+def decoded_samples(decoder, outputs, count, seed=TEST_NOISE_SEED):
     """Images decoded from draws of the posterior.
 
     Args:
         decoder: Saved model.
-        codes: [z_mean, z_log_var] of each level, one after another, as the encoder gives them.
+        outputs: Of the encoder.
         count: Draws of all codes.
         seed: Of the draws.
 
@@ -491,40 +419,9 @@ def decoded_samples(decoder, codes, count, seed=TEST_NOISE_SEED):
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(count):
-        noise = [rng.standard_normal(mean.shape, np.float32) for mean in codes[::2]]
-        draws.append(decoder.predict(drawn(codes, noise), verbose=0))
+        noise = [rng.standard_normal(mean.shape, np.float32) for mean in util.split_codes(outputs)[0]]
+        draws.append(util.decode_arrays(decoder, util.sample_codes(outputs, noise)))
     return np.stack(draws)
-
-
-def drawn(codes, noise):
-    """One draw of the posterior, as the decoder takes it.
-
-    Args:
-        codes: [z_mean, z_log_var] of each level, one after another.
-        noise: Iterable of standard normal values for each level, in the shape of its z_mean or of one image.
-    """
-    levels = zip(codes[::2], codes[1::2], noise, strict=True)
-    z = [mean + np.exp(log_var / 2) * values for mean, log_var, values in levels]
-    return z if len(z) > 1 else z[0]
-
-
-def window_sampler(encoder, decoder, count, seed=TEST_NOISE_SEED):
-    """Make the function that `util.denoise_tiles` asks for `count` draws of the posterior.
-
-    What is drawn for a code depends on its place in the picture alone: windows that overlap agree.
-    """
-
-    def decoded_draws(window, top, left):
-        codes = [np.asarray(code) for code in encoder.predict_on_batch(window)]
-        grids = [(window.shape[1] // mean.shape[1], mean.shape[1:]) for mean in codes[::2]]
-        for draw in range(count):
-            noise = (
-                util.endless_normal((seed, draw, level), top // cell, left // cell, shape)
-                for level, (cell, shape) in enumerate(grids)
-            )
-            yield decoder.predict_on_batch(drawn(codes, noise))
-
-    return decoded_draws
 
 
 def posterior_tables(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERIOR_SAMPLES):
@@ -542,18 +439,18 @@ def posterior_tables(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERI
         Autoencoders", ICLR 2016); and rows by what is decoded: PSNR in dB.
     """
     clean = whole_cells(clean, util.stride(encoder))
-    codes = encoder.predict(add_noise(clean, sigma), verbose=0)
+    outputs = encoder.predict(add_noise(clean, sigma), verbose=0)
+    means, log_vars = util.split_codes(outputs)
     levels = []
-    for level, (mean, log_var) in enumerate(zip(codes[::2], codes[1::2], strict=True), start=1):
+    for level, (mean, log_var) in enumerate(zip(means, log_vars, strict=True), start=1):
         kl = ops.convert_to_numpy(kl_divergence(mean, log_var)) / mean[0].size
         active = mean.var(axis=(0, 1, 2)) > 0.01
         levels.append(
             {"level": level, "KL per latent": float(kl.mean()), "active units": float(active.mean())}
         )
-    means = codes[::2]
-    draws = decoded_samples(decoder, codes, samples)
+    draws = decoded_samples(decoder, outputs, samples)
     decoded = {
-        "posterior mean": decoder.predict(means if len(means) > 1 else means[0], verbose=0),
+        "posterior mean": util.decode_arrays(decoder, means),
         "one sample": draws[0],
         f"mean of {samples} samples": draws.mean(axis=0),
     }
@@ -593,8 +490,9 @@ def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERI
 def feature_figure(encoder, clean):
     """The channels of each level's z_mean of one image (1, H, W, 3), each scaled to its own range."""
     rows = []
-    for level, means in enumerate(encoder.predict(util.to_float(clean), verbose=0)[::2], start=1):
-        maps = means[0].transpose(2, 0, 1)
+    means, _ = util.split_codes(encoder.predict(util.to_float(clean), verbose=0))
+    for level, mean in enumerate(means, start=1):
+        maps = mean[0].transpose(2, 0, 1)
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         maps = (maps - low) / np.maximum(high - low, 1e-6)
         for start in range(0, len(maps), 16):
@@ -603,7 +501,7 @@ def feature_figure(encoder, clean):
 
 
 def single_frame(epoch, clean, noisy, denoised):
-    """One image noisy, denoised and clean; arguments as in `write_gifs`."""
+    """One image noisy, denoised and clean; the images are uint8 arrays (N, H, W, 3)."""
     captions = [f"noisy, sigma {SHOWN_SIGMA}", f"denoised, {util.psnr(clean, denoised)[0]:.1f} dB", "clean"]
     trio = np.stack([noisy[0], denoised[0], clean[0]])
     return util.rows_figure([("", trio, captions)], f"epoch {epoch}", cell=2)
@@ -617,11 +515,11 @@ def group_frame(epoch, clean, noisy, denoised):
     return util.rows_figure(rows, f"epoch {epoch}: {psnr.mean():.2f} dB")
 
 
-def write_gifs(stage, name, folder, clean, noisy):
+def write_gifs(draft, name, folder, clean, noisy):
     """Write `gifs/NAME_single.gif` and `gifs/NAME_group.gif`: denoising as the epochs pass.
 
     Args:
-        stage: Output folder.
+        draft: Output folder.
         name: Of the run.
         folder: Where `Frames` kept the denoised images (N, H, W, 3) of each epoch.
         clean, noisy: uint8 arrays (N, H, W, 3).
@@ -632,12 +530,12 @@ def write_gifs(stage, name, folder, clean, noisy):
     ]
     for kind, draw in (("single", single_frame), ("group", group_frame)):
         figures = (draw(int(path.stem), clean, noisy, np.load(path)) for path in paths)
-        util.save_gif(figures, stage / f"gifs/{name}_{kind}.gif")
+        util.save_gif(figures, draft / f"gifs/{name}_{kind}.gif")
 
 
-def write_feature_maps(stage, name, encoder, data):
+def write_sample_maps(draft, name, encoder, data):
     """Write the feature maps of the clean test images and of some clean training images, and a figure."""
-    weights = stage / f"weights/encoder_{name}.weights.h5"
+    weights = draft / f"weights/encoder_{name}.weights.h5"
     counts = {"test": len(data.images["test"]), "train": FEATURE_MAP_TRAIN_IMAGES}
     for split, count in counts.items():
         chosen = evenly(len(data.images[split]), count)
@@ -645,8 +543,8 @@ def write_feature_maps(stage, name, encoder, data):
         origin = util.feature_map_origin(
             name, weights, images, pooling=0, dataset=data.name, split=split, sigma=0.0
         )
-        util.write_feature_maps(stage / f"feature_maps/{name}_{split}.h5", encoder, images, labels, origin)
-    util.save_figure(feature_figure(encoder, data.spread("test", 1)), stage / f"feature_maps/{name}.png")
+        util.write_feature_maps(draft / f"feature_maps/{name}_{split}.h5", encoder, images, labels, origin)
+    util.save_figure(feature_figure(encoder, data.spread("test", 1)), draft / f"feature_maps/{name}.png")
 
 
 def write_run(args, models, vae, data, rows, record=None):
@@ -663,22 +561,22 @@ def write_run(args, models, vae, data, rows, record=None):
     name, folder = args.name, util.training_folder(args.out, args.name)
     encoder, decoder = util.portable_copy(vae.encoder), util.portable_copy(vae.decoder)
     parts = {"encoder": encoder, "decoder": decoder, "autoencoder": list(models.values())[-1]}
-    with util.staged(args.out, name) as stage:
+    with util.publishing(args.out, name) as draft:
         for part, model in parts.items():
-            util.save_model(stage, model, f"{part}_{name}")
-        util.write_csv(stage / f"logs/{name}.csv", rows)
-        write_figures(stage, name, models, encoder, decoder, data, rows)
+            util.save_model(draft, model, f"{part}_{name}")
+        util.write_csv(draft / f"logs/{name}.csv", rows)
+        write_figures(draft, name, models, encoder, decoder, data, rows)
         clean, noisy = gif_images(data, util.stride(encoder))
-        write_gifs(stage, name, folder / "frames", clean, util.to_uint8(noisy))
-        write_feature_maps(stage, name, encoder, data)
-        described = util.describe_run(args, data, rows, "val_psnr")
+        write_gifs(draft, name, folder / "frames", clean, util.to_uint8(noisy))
+        write_sample_maps(draft, name, encoder, data)
+        described = util.describe_run(args, rows, "val_psnr") | data.described
         described["training_images"] = len(data.images[data.denoiser_split])
         results = evaluation(models, encoder, decoder, data, TEST_IMAGES)
-        util.write_record(stage, name, described | (record or {}) | results)
+        util.write_record(draft, name, described | (record or {}) | results)
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
 
 
-def write_figures(stage, name, models, encoder, decoder, data, rows):
+def write_figures(draft, name, models, encoder, decoder, data, rows):
     """Write the figures of a run, `figures/NAME_*.png`."""
     shown = data.spread("test", SHOWN)
     figures = {
@@ -688,7 +586,7 @@ def write_figures(stage, name, models, encoder, decoder, data, rows):
         "posterior": posterior_figure(encoder, decoder, shown),
     }
     for kind, figure in figures.items():
-        util.save_figure(figure, stage / f"figures/{name}_{kind}.png")
+        util.save_figure(figure, draft / f"figures/{name}_{kind}.png")
 
 
 def evaluation(models, encoder, decoder, data, count):
@@ -696,7 +594,7 @@ def evaluation(models, encoder, decoder, data, count):
     clean = data.sample("test", count)
     costs = [{"model": label} | cost(model) for label, model in models.items()]
     print(util.format_table(costs))
-    table = evaluate(blind(models), clean)
+    table = evaluate(without_sigma(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
     print(util.format_table(table))
     posterior = posterior_tables(encoder, decoder, clean[:POSTERIOR_IMAGES])
@@ -708,10 +606,40 @@ def evaluation(models, encoder, decoder, data, count):
     return {"costs": {hardware: costs}, "evaluation": {key: table}, "posterior": {key: posterior}}
 
 
+def multiply_accumulates(model, shape):
+    """Count the multiply-accumulates of a model's convolutions and dense layers for one image.
+
+    Args:
+        model: Functional model of one input; models nested in it are counted too.
+        shape: Shape of the input without the batch, such as (32, 32, 3).
+
+    Returns:
+        Number of multiply-accumulates; additions of biases, activations and the like are left out.
+    """
+    total = 0
+    for layer, before, after in util.layer_calls(model, keras.Input(shape)):
+        if hasattr(layer, "kernel"):
+            # the kernel is applied at each output position, a transposed convolution's at each input position
+            transposed = isinstance(layer, keras.layers.Conv2DTranspose)
+            positions = (before if transposed else after).shape[1:-1]
+            total += math.prod(positions) * math.prod(layer.kernel.shape)
+    return total
+
+
+def images_per_second(model, images, repeats=3):
+    """Speed of a model on this machine: the best of some passes over `images` (N, H, W, 3) after a first."""
+    seconds = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        model.predict(images, batch_size=250, verbose=0)
+        seconds.append(time.perf_counter() - started)
+    return len(images) / min(seconds[1:])
+
+
 def cost(model, side=32):
     """What an autoencoder costs for an image of side x side pixels, and its speed on this machine."""
-    accumulates = util.multiply_accumulates(model, (side, side, 3))
-    speed = util.images_per_second(model, np.zeros((500, side, side, 3), np.float32))
+    accumulates = multiply_accumulates(model, (side, side, 3))
+    speed = images_per_second(model, np.zeros((500, side, side, 3), np.float32))
     return {
         f"million multiply-accumulates, {side}x{side}": accumulates / 1e6,
         "million parameters": model.count_params() / 1e6,
@@ -730,60 +658,11 @@ def evaluate_saved(args, labels):
         models = {label: util.load_model(args.out, run, "autoencoder") for label, run in labels.items()}
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         record = util.read_record(args.out, args.name)
-        size = size_of_run(args, record)
+        size = args.size or util.size_of_run(record, dataset_name(args.dataset))
         results = evaluation(models, *parts, load_data(args.dataset, args.data_dir, size), args.images)
-        results = {part: record.get(part, {}) | measured for part, measured in results.items()}
-        with util.staged(args.out, args.name) as stage:
-            util.write_record(stage, args.name, record | results)
-
-
-def blended(pixels, denoised, strength):
-    """Move pixels towards denoised ones.
-
-    Args:
-        pixels: uint8 or uint16 array (h, w, 3), or (h, w, 1).
-        denoised: float32 array like `pixels` in shape, nominally in [0, 1].
-        strength: From 0, the pixels themselves, to 1, the denoised ones.
-
-    Returns:
-        float32 array like `pixels`, in whole numbers of their range; the sum of what the denoised ones lack,
-        and that of its square, for pixels in [0, 1].
-    """
-    peak = np.float32(np.iinfo(pixels.dtype).max)
-    before = pixels / peak
-    removed = before - np.clip(denoised, 0, 1)
-    after = before - strength * removed
-    return np.round(after * peak), removed.sum(dtype=np.float64), np.square(removed).sum(dtype=np.float64)
-
-
-def denoise_pixels(model, pixels, strength=1.0, draws=None):
-    """Denoise a picture as it is, without adding noise.
-
-    Args:
-        model: Saved `autoencoder`.
-        pixels: uint8 or uint16 array, (H, W, 3), or (H, W, 1) of a grey picture.
-        strength: From 0, the picture itself, to 1, all of the model's result.
-        draws: As of `util.denoise_tiles`: what the mean is taken of, by default the model's one result.
-
-    Returns:
-        Array like `pixels`; the standard deviation of what the model takes for noise; and that of the draws
-        at each pixel, mean over its channels, float16 (H, W, 1), both on the 0-255 scale.
-    """
-    result = np.empty_like(pixels)
-    deviations = np.zeros((*pixels.shape[:2], 1), np.float16)
-    tile = SAMPLING_TILE if draws else util.TILE
-    count = len(util.tiles(model, pixels.shape, tile))
-    advance = util.progress(count, "tiles") if count > 1 else lambda: None
-    total = squares = 0.0
-    for rows, columns, denoised, deviation in util.denoise_tiles(model, pixels, tile, draws):
-        result[rows, columns], *moments = blended(pixels[rows, columns], denoised, strength)
-        if draws:
-            deviations[rows, columns] = 255 * deviation.mean(axis=2, keepdims=True)
-        total += moments[0]
-        squares += moments[1]
-        advance()
-    variance = squares / pixels.size - (total / pixels.size) ** 2
-    return result, 255 * math.sqrt(max(0.0, variance)), deviations
+        results = {section: record.get(section, {}) | new for section, new in results.items()}
+        with util.publishing(args.out, args.name) as draft:
+            util.write_record(draft, args.name, record | results)
 
 
 def deviation_path(target):
@@ -791,19 +670,19 @@ def deviation_path(target):
     return target.with_name(f"{target.stem}_deviation.png")
 
 
-def denoise_file(source, target, model, args, draws=None):
-    """Denoise one image file and tell size, estimated noise, deviation of the draws and time.
+def denoise_file(source, target, args, models):
+    """Denoise one image file and tell its size, what has changed, the error to expect and the time.
 
     Args:
         source, target: Paths.
-        model: Saved `autoencoder`.
         args: Arguments of the verb `denoise`.
-        draws: As of `util.denoise_tiles`, where draws are asked for.
+        models: Saved autoencoder; with --samples, the encoder and decoder of the same run after it.
 
     Raises:
         OSError: it cannot be read, or a file to be written exists, or cannot be written.
     """
-    for path in (target, deviation_path(target)) if draws else (target,):
+    autoencoder, *posterior = models
+    for path in (target, deviation_path(target)) if posterior else (target,):
         if path.exists() and (not args.force or path.samefile(source)):
             remedy = "choose another --to" if path.samefile(source) else "choose another --to, or --force"
             raise DataError(f"{path}: is there already; {remedy}")
@@ -812,13 +691,14 @@ def denoise_file(source, target, model, args, draws=None):
         pixels, alpha, metadata = read_pixels(source)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise DataError(f"{source}: not a readable image ({util.first_line(error)})") from None
-    denoised, noise, deviations = denoise_pixels(model, pixels, args.strength, draws)
+    denoised, errors = util.denoise_picture(autoencoder, pixels, args.strength, posterior, args.samples)
     write_pixels(target, denoised, alpha, metadata)
-    told = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}, noise about {noise:.1f}"
-    if draws:
-        brightness = np.minimum(np.round(DEVIATION_SCALE * deviations), 255).astype(np.uint8)
-        write_pixels(deviation_path(target), brightness)
-        told += f", mean deviation {deviations.mean(dtype=np.float64):.2f}"
+    told = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}"
+    if posterior:
+        brightness = np.minimum(np.round(DEVIATION_SCALE * errors), 255).astype(np.uint8)
+        write_pixels(deviation_path(target), brightness[..., None])
+        error = math.sqrt(np.square(errors, dtype=np.float64).mean())
+        told += f", expected error {error:.2f} grey levels, PSNR {20 * math.log10(255 / error):.2f} dB"
     print(f"{told}, {time.monotonic() - started:.1f} s", flush=True)
 
 
@@ -856,14 +736,12 @@ def denoise_pictures(args):
     pairs = sources_and_targets(args.pictures, args.to, args.samples)
     folder = pairs[0][1].parent
     util.check_writable(folder, "choose another --to")
-    model, draws = util.load_model(args.out, args.name, "autoencoder"), None
-    if args.samples:
-        parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
-        draws = window_sampler(*parts, args.samples)
+    parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
+    models = [util.load_model(args.out, args.name, part) for part in parts]
     failed = 0
     for source, target in pairs:
         try:
-            denoise_file(source, target, model, args, draws)
+            denoise_file(source, target, args, models)
         except OSError as error:
             failed += 1
             print(util.error_line(error), file=sys.stderr, flush=True)
@@ -898,14 +776,6 @@ def add_train_options(parser):
         action="store_true",
         help="train for pictures in files: also on grey ones, and on noise whose colour JPEG has blurred",
     )
-    parser.add_argument(
-        "--classifier",
-        type=util.run_name,
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="saved classifiers that should take denoised images for what they take clean ones for",
-    )
 
 
 def add_evaluate_options(parser):
@@ -926,7 +796,7 @@ def add_denoise_options(parser, kind):
     parser.add_argument(
         "--name",
         type=util.run_name,
-        help=f"run whose model denoises (default: {kind}_{PHOTO_DATASET} if saved, else {kind}_cifar10)",
+        help=f"run whose model denoises (default: {kind}_{PHOTOGRAPHS} if saved, else {kind}_cifar10)",
     )
     parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
     parser.add_argument(
@@ -940,10 +810,19 @@ def add_denoise_options(parser, kind):
         type=util.number(int, 0),
         default=0,
         metavar="K",
-        help="take the mean of K draws of the code, and write their standard deviation at each pixel beside "
-        f"it, as NAME_deviation.png of brightness {DEVIATION_SCALE} for a grey level; 0: no draws",
+        help="tell the error to expect from K draws of the code, and write it for each pixel beside the "
+        f"picture, as NAME_deviation.png of brightness {DEVIATION_SCALE} for a grey level; 0: no draws",
     )
     parser.add_argument("--force", action="store_true", help="replace pictures that are there already")
+
+
+def default_name(args, kind):
+    """Name of the run that a verb works on, where none is given."""
+    if args.verb != "denoise":
+        return f"{kind}_{dataset_name(args.dataset)}"
+    for_photographs = f"{kind}_{PHOTOGRAPHS}"
+    there = for_photographs in util.saved_runs(args.out, "autoencoder")
+    return for_photographs if there else f"{kind}_cifar10"
 
 
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda train: None):
@@ -961,21 +840,9 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     add_own_options(train)
     add_evaluate_options(add_verb("evaluate", help="measure a saved model"))
     add_denoise_options(add_verb("denoise", help="denoise your own pictures"), kind)
-    args = parser.parse_args(argv)
-    if args.verb == "denoise":
-        for_photographs = f"{kind}_{PHOTO_DATASET}"
-        there = for_photographs in util.saved_runs(args.out, "autoencoder")
-        args.name = args.name or (for_photographs if there else f"{kind}_cifar10")
-        return args
-    settle_data_options(args)
-    args.name = args.name or f"{kind}_{dataset_name(args.dataset)}"
-    if args.verb == "train":
-        if args.resume:  # what is not given now is as it was given then
-            train.set_defaults(**util.resumed_arguments(args.out, args.name))
-            args = parser.parse_args([*argv, "--name", args.name])
-            settle_data_options(args)
-        if args.sigma[0] > args.sigma[1]:
-            train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
+    args = util.parse_resumable(parser, train, argv, lambda args: default_name(args, kind))
+    if args.verb == "train" and args.sigma[0] > args.sigma[1]:
+        train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
     return args
 
 
@@ -992,11 +859,12 @@ def main(argv=None):
         encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
         decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
         if args.start:
-            start_from(encoder, decoder, args.out, args.start)
+            util.start_from(encoder, args.out, args.start, "encoder")
+            util.start_from(decoder, args.out, args.start, "decoder")
         else:
             start_as_identity(encoder, decoder)
-        vae = build_vae(encoder, decoder, args, data)
-        rows = fit(vae, data, args, args.epochs)
+        vae = build_vae(encoder, decoder, args)
+        rows = fit_denoiser(vae, data, args, args.epochs)
         models = {"simple": util.portable_copy(build_autoencoder(vae.encoder, vae.decoder))}
         write_run(args, models, vae, data, rows)
 

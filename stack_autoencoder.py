@@ -131,12 +131,13 @@ def train(args, data, base):
     level_one = load_level_one(args.out, base)
     encoder = stack_encoder(level_one[0], args.filters, ENCODER_BLOCKS, args.latent_dim)
     decoder = stack_decoder(level_one[1], args.filters, DECODER_BLOCKS, args.latent_dim)
-    vae = simple.build_vae(encoder, decoder, args, data)
+    vae = simple.build_vae(encoder, decoder, args)
     stages = {"simple": validation_psnr(autoencoder_of(vae), data, args)}
     print(f"Validation PSNR of {base}, before stacking: {stages['simple']:.2f} dB", flush=True)
     plan = [("greedy", args.greedy_epochs, True), ("joint", args.epochs, False)]
     if args.start:  # both levels are there already
-        simple.start_from(encoder, decoder, args.out, args.start)
+        util.start_from(encoder, args.out, args.start, "encoder")
+        util.start_from(decoder, args.out, args.start, "decoder")
         stages["start"] = validation_psnr(autoencoder_of(vae), data, args)
         print(f"Validation PSNR of {args.start}: {stages['start']:.2f} dB", flush=True)
         del plan[0]
@@ -145,12 +146,12 @@ def train(args, data, base):
         for model in level_one:
             model.trainable = not frozen
         before = len(rows)
-        for row in simple.fit(vae, data, args, epochs, stage, before):
+        for row in simple.fit_denoiser(vae, data, args, epochs, stage, before):
             rows.append({"stage": stage} | row | {"epoch": before + row["epoch"]})
         weights[stage] = vae.get_weights()
         stages[stage] = validation_psnr(autoencoder_of(vae), data, args)
         print(f"Validation PSNR after the {stage} stage: {stages[stage]:.2f} dB", flush=True)
-    kept = "joint" if args.classifier else max(reversed(weights), key=stages.get)
+    kept = max(reversed(weights), key=stages.get)
     if kept == "greedy":
         print("The joint stage has not gained: the weights of the greedy stage are kept.")
         vae.set_weights(weights["greedy"])

@@ -1,7 +1,7 @@
-"""What two or more scripts share and what knows neither a data set nor an architecture.
+"""How a run is kept, loaded and shown: what the scripts share and what knows no data set.
 
-Files and folders of a run, saving and loading models, checkpoints, PSNR and SSIM, denoising a batch,
-figures, GIFs, tables, and how a script ends.
+Files and folders of a run, saving and loading models, checkpoints, PSNR and SSIM, denoising batches and
+pictures, figures, GIFs, tables, and how a script ends.
 """
 
 import argparse
@@ -51,8 +51,8 @@ except ImportError:  # Windows: no advisory locks, so two runs of one name are n
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
-HALF_MAX = float(np.finfo(np.float16).max)
-TILE = 1024  # side in pixels: a few hundred megabytes
+PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
+TILE, SAMPLING_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
 REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
     ((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another folder"),
@@ -105,6 +105,26 @@ def add_saved_run_options(parser):
     parser.add_argument("--out", type=Path, default=HERE, help="where models/, weights/ and logs/ are")
 
 
+def parse_resumable(parser, train, argv, default_name):
+    """Parse a command line; with --resume, what is not given now is what was given then.
+
+    Args:
+        parser: Of the whole command line.
+        train: Parser of the verb `train`.
+        argv: Arguments, beginning with a verb.
+        default_name: Function of the arguments that names a run without --name.
+
+    Raises:
+        ModelError: there is nothing to resume.
+    """
+    args = parser.parse_args(argv)
+    args.name = args.name or default_name(args)
+    if args.verb == "train" and args.resume:
+        train.set_defaults(**resumed_arguments(args.out, args.name))
+        args = parser.parse_args([*argv, "--name", args.name])
+    return args
+
+
 def verb_parser(argv, verbs, description):
     """Parser of a script that knows verbs, of which `train` is meant where none is given.
 
@@ -146,11 +166,6 @@ def run_name(text):
     if not re.fullmatch(r"[\w-]+", text):
         raise ValueError(text)
     return text
-
-
-def progress_verbosity():
-    """Keras verbosity: a moving bar on a terminal, plain lines elsewhere."""
-    return 1 if sys.stdout.isatty() else 2
 
 
 def progress(total, label):
@@ -258,11 +273,11 @@ def atomic(path):
 
 
 @contextlib.contextmanager
-def staged(out, name):
+def publishing(out, name):
     """Collect all files of a run in a folder of their own and move them into `out` together.
 
     If the block fails, nothing of `out` has changed. If the process dies while the files are moved, the next
-    `staged` or `load_model` of that run moves the rest.
+    `publishing` or `load_model` of that run moves the rest.
 
     Args:
         out: Folder that holds `models/`, `weights/` and so on.
@@ -272,25 +287,25 @@ def staged(out, name):
         Folder to write to as if it were `out`.
     """
     publish(out, name)
-    stage = Path(out) / "logs" / f".{name}.staged"
-    shutil.rmtree(stage, ignore_errors=True)
+    draft = Path(out) / "logs" / f".{name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
     for folder in FOLDERS:
-        (stage / folder).mkdir(parents=True)
+        (draft / folder).mkdir(parents=True)
     try:
         with _named(out):
-            yield stage
-        for path in stage.rglob("*.*"):
+            yield draft
+        for path in draft.rglob("*.*"):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.replace(stage, _published(out, name))  # from here on the new files count
+        os.replace(draft, _published(out, name))  # from here on the new files count
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
         raise
     publish(out, name)
 
 
 def publish(out, name):
-    """Move what `staged` completed for run `name` to its final place; do nothing if there is nothing."""
+    """Move what `publishing` completed for run `name` to its final place; do nothing if there is nothing."""
     source = _published(out, name)
     for path in sorted(source.rglob("*")):
         if path.is_file():
@@ -429,54 +444,59 @@ def read_record(out, name):
         record = _read_dict(path)
     except FileNotFoundError:
         return {}
-    parts = ("files", "data", "arguments", "evaluation", "costs", "posterior")
-    if record is None or not all(isinstance(record.get(part, {}), dict) for part in parts):
+    sections = ("files", "data", "arguments", "evaluation", "costs", "posterior")
+    if record is None or not all(isinstance(record.get(section, {}), dict) for section in sections):
         raise ModelError(f"{path}: damaged run record; delete it, or train {name} again")
     return record
 
 
-def write_record(stage, name, record):
-    """Write `record` to `logs/NAME.json` of a staged run, with the SHA-256 of its model and weights files."""
-    files = [path for folder in ("models", "weights") for path in sorted((stage / folder).iterdir())]
-    checksums = {path.relative_to(stage).as_posix(): sha256_of(path) for path in files}
+def write_record(draft, name, record):
+    """Write `record` to `logs/NAME.json` in a run's `draft`, with the SHA-256 of its models and weights."""
+    files = [path for folder in ("models", "weights") for path in sorted((draft / folder).iterdir())]
+    checksums = {path.relative_to(draft).as_posix(): sha256_of(path) for path in files}
     record = record | {"files": record.get("files", {}) | checksums}
     text = json.dumps(record, indent=1, default=str, ensure_ascii=False)
     # a name of a folder that is no Unicode becomes an escape of JSON
-    path = stage / "logs" / f"{name}.json"
+    path = draft / "logs" / f"{name}.json"
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def describe_run(args, data, rows, monitor):
+def describe_run(args, rows, monitor):
     """What the record of every training run tells.
 
     Args:
         args: Arguments of the run.
-        data: `load_data.Data`.
         rows: Metrics of each epoch, as `fit` returns them.
         monitor: Metric that tells the best epoch.
     """
     return {
         "name": args.name,
-        "arguments": portable_arguments(args),
+        "arguments": recorded_arguments(args),
         "environment": environment(),
-        "data": {"name": data.name, "checksums": data.checksums},
         "training_seconds": round(sum(row["seconds"] for row in rows)),
         "epochs": len(rows),
         "best": best_row(rows, monitor),
     }
 
 
+def recorded_arguments(args):
+    """The arguments of a run for its record: of a path the last part, and nothing that names this call."""
+    kept = {
+        key: value for key, value in vars(args).items() if key not in ("verb", "resume", "out", "data_dir")
+    }
+    return {key: Path(value).name if os.path.isabs(str(value)) else value for key, value in kept.items()}
+
+
+def size_of_run(record, dataset):
+    """Side of the images that a run was trained on, if it was on this data set and not of its own size."""
+    same = record.get("data", {}).get("name") == dataset
+    return record.get("arguments", {}).get("size") if same else None
+
+
 def best_row(rows, monitor):
-    """Metrics of the best epoch: that of the smallest loss, or the largest other metric; None without any."""
+    """Metrics of the best epoch: the smallest loss, or the largest of another metric; None without rows."""
     choose = min if monitor.endswith("loss") else max
     return choose(rows, key=lambda row: row[monitor], default=None)
-
-
-def portable_arguments(args):
-    """The arguments of a run for its record, without what names this machine or this call."""
-    left_out = ("verb", "resume", "out", "data_dir")
-    kept = {key: value for key, value in vars(args).items() if key not in left_out}
-    return kept | {"dataset": Path(args.dataset).name}  # of a folder, not where it lies
 
 
 def environment():
@@ -525,42 +545,32 @@ def portable_json(model):
 def portable_copy(model):
     """Uncompiled float32 copy of a functional model of stock layers, its weights rounded to what is saved."""
     copy = keras.models.model_from_json(portable_json(model))
-    copy.set_weights([_halved(weight) for weight in model.get_weights()])
+    copy.set_weights([_as_float16(weight) for weight in model.get_weights()])
     return copy
 
 
-def copy_in_policy(model):
-    """Copy of a functional model in the global dtype policy, but for its last layer, which is float32."""
-
-    def clone(layer):
-        policy = "float32" if layer is model.layers[-1] else keras.config.dtype_policy()
-        return type(layer).from_config(layer.get_config() | {"dtype": policy})
-
-    copy = keras.models.clone_model(model, clone_function=clone)
-    copy.set_weights(model.get_weights())
-    return copy
-
-
-def _halved(weight):
+def _as_float16(weight):
     """A weight as float16, unless that cannot hold it: half the file, for rounding that shows nowhere."""
-    return weight.astype(np.float16 if np.abs(weight).max(initial=0) < HALF_MAX else np.float32)
+    return weight.astype(
+        np.float16 if np.abs(weight).max(initial=0) < np.finfo(np.float16).max else np.float32
+    )
 
 
-def save_model(stage, model, name):
+def save_model(draft, model, name):
     """Write `models/NAME.json` and `weights/NAME.weights.h5` of a functional model of stock layers."""
     copy = portable_copy(model)
-    (stage / "models" / f"{name}.json").write_text(portable_json(copy) + "\n", encoding="utf-8")
+    (draft / "models" / f"{name}.json").write_text(portable_json(copy) + "\n", encoding="utf-8")
     memory = io.BytesIO()
-    with h5py.File(_in_memory(copy)) as full, h5py.File(memory, "w") as halved:
+    with h5py.File(_in_memory(copy)) as full, h5py.File(memory, "w") as small:
 
         def add(path, item):
             if isinstance(item, h5py.Dataset):
-                halved[path] = _halved(item[()])
+                small[path] = _as_float16(item[()])
             else:
-                halved.require_group(path).attrs.update(item.attrs)
+                small.require_group(path).attrs.update(item.attrs)
 
         full.visititems(add)
-    (stage / "weights" / f"{name}.weights.h5").write_bytes(memory.getbuffer())
+    (draft / "weights" / f"{name}.weights.h5").write_bytes(memory.getbuffer())
 
 
 class _Memory(io.BytesIO):
@@ -587,9 +597,16 @@ def write_weights(path, model, history=None):
 
 
 def saved_runs(out, part=None):
-    """Names of the runs that have saved a model, sorted; arguments as of `load_model`."""
-    names = sorted(path.stem for path in Path(out).glob(f"models/{part or 'classifier'}_*.json"))
-    return [name.removeprefix(f"{part}_") for name in names]
+    """Names of the runs that have saved a model, sorted.
+
+    Args:
+        out: Folder that holds `models/`.
+        part: One of PARTS; None for runs of one model, such as classifiers.
+    """
+    names = sorted(path.stem for path in Path(out).glob("models/*.json"))
+    if part:
+        return [name.removeprefix(f"{part}_") for name in names if name.startswith(f"{part}_")]
+    return [name for name in names if not name.startswith(PARTS)]
 
 
 def load_model(out, run, part=None):
@@ -598,7 +615,7 @@ def load_model(out, run, part=None):
     Args:
         out: Folder that holds `models/`, `weights/` and `logs/`.
         run: Name of the run.
-        part: `encoder`, `decoder` or `autoencoder`; None where the run has one model (a classifier).
+        part: One of PARTS; None where the run has one model (a classifier).
 
     Returns:
         `keras.Model`, float32, uncompiled.
@@ -647,10 +664,12 @@ def start_from(model, out, run, part=None):
 
     Args:
         model: `keras.Model`.
-        out, run, part: As of `load_model`.
+        out: Folder that holds `models/`, `weights/` and `logs/`.
+        run: Name of the saved run.
+        part: One of PARTS; None where the run has one model.
 
     Raises:
-        ModelError: as of `load_model`, or the saved one is of another architecture.
+        ModelError: the saved model is missing, damaged or of another architecture.
     """
     saved = load_model(out, run, part)
     try:
@@ -678,31 +697,11 @@ def stride(model):
     return factor
 
 
-def multiply_accumulates(model, shape):
-    """Count the multiply-accumulates of a model's convolutions and dense layers for one image.
-
-    Args:
-        model: Functional model of one input; models nested in it are counted too.
-        shape: Shape of the input without the batch, such as (32, 32, 3).
-
-    Returns:
-        Number of multiply-accumulates; additions of biases, activations and the like are left out.
-    """
-    total = 0
-    for layer, before, after in _calls(model, keras.Input(shape)):
-        if hasattr(layer, "kernel"):
-            # the kernel is applied at each output position, a transposed convolution's at each input position
-            transposed = isinstance(layer, keras.layers.Conv2DTranspose)
-            positions = (before if transposed else after).shape[1:-1]
-            total += math.prod(positions) * math.prod(layer.kernel.shape)
-    return total
-
-
 def receptive_field(model):
     """How many pixels to either side an output pixel of a convolutional model depends on, at most."""
     side = 8 * stride(model)
     radius = 0
-    for layer, before, after in _calls(model, keras.Input((side, side, 3))):
+    for layer, before, after in layer_calls(model, keras.Input((side, side, 3))):
         if isinstance(layer, (keras.layers.Conv2D, keras.layers.Conv2DTranspose)):
             size, pixels = layer.kernel_size[0], side // max(before.shape[1], after.shape[1])
             # an odd kernel looks to both sides alike, an even one to one side
@@ -710,14 +709,14 @@ def receptive_field(model):
     return radius
 
 
-def _calls(model, inputs):
+def layer_calls(model, inputs):
     """(layer, input, output) of every layer of a functional model, those of nested models included."""
     calls = []
 
     def call(layer, *args, **kwargs):
         output = layer(*args, **kwargs)
         if isinstance(layer, keras.Model):
-            calls.extend(_calls(layer, args[0]))
+            calls.extend(layer_calls(layer, args[0]))
         else:
             calls.append((layer, args[0] if args else None, output))
         return output
@@ -727,16 +726,6 @@ def _calls(model, inputs):
         model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=call
     )
     return calls
-
-
-def images_per_second(model, images, repeats=3):
-    """Speed of a model on this machine: the best of some passes over `images` (N, H, W, 3) after a first."""
-    seconds = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        model.predict(images, batch_size=250, verbose=0)
-        seconds.append(time.perf_counter() - started)
-    return len(images) / min(seconds[1:])
 
 
 def denoise(model, noisy, batch_size=250):
@@ -783,72 +772,116 @@ def tile_spans(length, tile, reach, step):
     ]
 
 
-def tiles(model, shape, tile=TILE):
-    """Cut a picture into tiles for a model.
+def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=8, tile=None):
+    """Denoise a picture of any size as it is, without adding noise.
 
-    Every tile is computed with as much of its surroundings as the model's receptive field reaches: where the
-    tiles meet, nothing shows, and the result is that of the whole picture but for rounding.
+    The picture is cut into tiles, so that memory is bounded. A tile is computed with as much of its
+    surroundings as the model's receptive field reaches: the result is that of the whole picture but for
+    rounding.
 
     Args:
-        model: Saved `autoencoder`.
-        shape: Of the picture; height and width come first.
-        tile: As of `tile_spans`.
+        autoencoder: Saved model.
+        picture: uint8 or uint16 array, (H, W, 3), or (H, W, 1) of a grey picture.
+        strength: From 0, the picture itself, to 1, all of the model's result.
+        posterior: Saved encoder and decoder of the same run, to tell the error to expect.
+        samples: Draws of the code that tell it.
+        tile: Most of a tile's side that lies inside, in pixels.
 
     Returns:
-        List of pairs, for rows and for columns, of what `tile_spans` returns.
-    """
-    step = stride(model)
-    reach = -(-receptive_field(model) // step) * step
-    return list(itertools.product(*(tile_spans(length, tile, reach, step) for length in shape[:2])))
-
-
-def _mean_and_deviation(versions, inside, channels):
-    """Mean and standard deviation of versions (1, h, w, 3) within slices; one channel: of their grey."""
-    mean = squares = 0
-    for count, version in enumerate(versions, start=1):
-        version = np.asarray(version)[0][*inside]
-        if channels == 1:
-            version = version.mean(axis=2, keepdims=True)
-        difference = version - mean
-        mean = mean + difference / count
-        # Welford's sum, since a mean of squares is too coarse in float32
-        squares = squares + difference * (version - mean)
-    return mean, np.sqrt(squares / count)
-
-
-def denoise_tiles(model, picture, tile=TILE, draws=None):
-    """Denoise a picture of any size, tile by tile, so that memory is bounded.
-
-    Args:
-        model: Saved `autoencoder`.
-        picture: uint8 or uint16 array (H, W, 3), or (H, W, 1), whose three channels are then averaged.
-        tile: As of `tile_spans`.
-        draws: Function that gives several denoised versions of a window, one after another; by default the
-            model's one. Its arguments: the window, float32 (1, h, w, 3), and its top and left in the picture.
-
-    Yields:
-        Slices of rows and of columns, and of that tile, float32 and like `picture` in shape, the mean of the
-        versions, nominally in [0, 1], and their standard deviation.
+        Array like `picture`; and the error to expect at each pixel, float16 (H, W) in grey levels of 0-255:
+        the root of the mean square of what draws differ from the result. None without `posterior`.
     """
     peak = np.float32(np.iinfo(picture.dtype).max)
-    channels = picture.shape[2]
-    for (window_rows, rows), (window_columns, columns) in tiles(model, picture.shape, tile):
+    result = np.empty_like(picture)
+    errors = np.empty(picture.shape[:2], np.float16) if posterior else None
+    step, whole = stride(autoencoder), autoencoder
+    if posterior:
+        encoder, decoder = posterior
+        whole = keras.Model(encoder.inputs, decode(decoder, split_codes(encoder.outputs)[0]))
+    reach = -(-receptive_field(whole) // step) * step
+    tile = tile or (SAMPLING_TILE if posterior else TILE)
+    spans = list(itertools.product(*(tile_spans(side, tile, reach, step) for side in picture.shape[:2])))
+    advance = progress(len(spans), "tiles") if len(spans) > 1 else lambda: None
+    for (window_rows, rows), (window_columns, columns) in spans:
+        before = picture[rows, columns] / peak
         window = picture[window_rows, window_columns]
-        first_row, first_column = window_rows.start, window_columns.start
         beyond = window_rows.stop - picture.shape[0], window_columns.stop - picture.shape[1]
         # the model wants whole cells: repeat the last row and column
         window = np.pad(window, [(0, max(0, pixels)) for pixels in beyond] + [(0, 0)], mode="edge")
-        window = np.repeat(window[None] / peak, 3 // channels, axis=3)
-        inside = [
-            slice(rows.start - first_row, rows.stop - first_row),
-            slice(columns.start - first_column, columns.stop - first_column),
-        ]
-        versions = draws(window, first_row, first_column) if draws else [model.predict_on_batch(window)]
-        yield rows, columns, *_mean_and_deviation(versions, inside, channels)
+        window = np.repeat(window[None] / peak, 3 // picture.shape[2], axis=3)
+        top, left = window_rows.start, window_columns.start
+
+        def inside(output, shape=before.shape, row=rows.start - top, column=columns.start - left):
+            part = np.asarray(output)[0, row : row + shape[0], column : column + shape[1]]
+            return np.clip(part if shape[2] == 3 else part.mean(axis=2, keepdims=True), 0, 1)
+
+        after = before + strength * (inside(autoencoder.predict_on_batch(window)) - before)
+        result[rows, columns] = np.round(peak * after)
+        if posterior:
+            draws = draws_of_window(encoder, decoder, window, top, left, samples)
+            squares = sum(np.square(inside(draw) - after).mean(axis=2) for draw in draws)
+            errors[rows, columns] = 255 * np.sqrt(squares / samples)
+        advance()
+    return result, errors
+
+
+def split_codes(outputs):
+    """Means and log-variances of an encoder's outputs: [mean, log-variance] of one code after another."""
+    return outputs[::2], outputs[1::2]
+
+
+def decode(decoder, codes):
+    """Call a decoder; one of a single code takes it without a list."""
+    return decoder(codes if len(codes) > 1 else codes[0])
+
+
+def decode_arrays(decoder, codes):
+    """Images (N, H, W, 3) of a saved decoder from codes, both NumPy arrays."""
+    return decoder.predict(codes if len(codes) > 1 else codes[0], verbose=0)
+
+
+def sample_codes(outputs, noise):
+    """Draw from the posterior q(z|x).
+
+    Args:
+        outputs: Of an encoder, NumPy arrays.
+        noise: Standard normal values for each code, in the shape of its mean or of one image of it.
+
+    Returns:
+        List of codes, as `decode` takes them.
+    """
+    codes = zip(*split_codes(outputs), noise, strict=True)
+    return [mean + np.exp(log_var / 2) * values for mean, log_var, values in codes]
+
+
+def draws_of_window(encoder, decoder, window, top, left, samples, seed=0):
+    """Images decoded from draws of the posterior of a part of a picture.
+
+    What is drawn for a code depends on its place in the picture alone: windows that overlap agree.
+
+    Args:
+        encoder, decoder: Saved models of one run.
+        window: float32 array (1, h, w, 3).
+        top, left: Where it begins in the picture.
+        samples: Number of draws.
+        seed: Of the draws.
+
+    Yields:
+        Array like `window`.
+    """
+    outputs = [np.asarray(output) for output in encoder.predict_on_batch(window)]
+    grids = [(window.shape[1] // mean.shape[1], mean.shape[1:]) for mean in split_codes(outputs)[0]]
+    for sample in range(samples):
+        noise = (
+            endless_normal((seed, sample, index), top // cell, left // cell, shape)
+            for index, (cell, shape) in enumerate(grids)
+        )
+        codes = sample_codes(outputs, noise)
+        yield decoder.predict_on_batch(codes if len(codes) > 1 else codes[0])
 
 
 def endless_normal(key, top, left, shape, block=32):
-    """Cut a part out of an endless grid of standard normal values: the same, whichever parts it is cut into.
+    """Cut a part out of an endless grid of standard normal values, which does not depend on how it is cut.
 
     Args:
         key: Tuple of integers that tells one grid from another.
@@ -936,7 +969,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     Args:
         folder: Where to keep `checkpoint.weights.h5`, `best.weights.h5` and `epochs.csv`.
-        monitor: Metric of the validation split that tells the best epoch, as in `best_row`.
+        monitor: Metric of the validation split that tells the best epoch.
     """
 
     def __init__(self, folder, monitor):
@@ -1040,7 +1073,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         validation: Inputs and targets that are measured after every epoch.
         epochs: Passes over the training images, those of the checkpoint included.
         folder: Working folder of the run, `training_folder`.
-        monitor: Metric of the validation split that tells the best epoch, as in `best_row`.
+        monitor: Metric of the validation split that tells the best epoch.
         callbacks: Further callbacks, called before the checkpoint is written.
         stage: Name of this stage, where a training has several.
 
@@ -1071,7 +1104,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
                 validation_batch_size=250,
                 callbacks=[*callbacks, stop],
                 shuffle=False,
-                verbose=progress_verbosity(),
+                verbose=1 if sys.stdout.isatty() else 2,
             )
     except (RuntimeError, FloatingPointError) as error:
         if isinstance(error, RuntimeError) and "NaN or Inf loss" not in str(error):
@@ -1196,7 +1229,7 @@ def feature_map_origin(run, weights, images, pooling, **described):
     Args:
         run: Name of the encoder's run.
         weights: Its weights file.
-        images: What it was fed, as of `write_feature_maps`.
+        images: What it was fed, array (N, H, W, 3).
         pooling: Side of the grid that the maps were averaged to; 0 leaves them as they are.
         described: What a reader wants to know beside: data set, split, sigma.
     """
@@ -1229,7 +1262,7 @@ def encode(encoder, images, pooling=0):
         float32 array (N, h, w, c).
     """
     height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
-    maps = encoder.predict_on_batch(to_float(images[:, :height, :width]))[-2]
+    maps = split_codes(encoder.predict_on_batch(to_float(images[:, :height, :width])))[0][-1]
     return pool(maps, pooling) if pooling else maps
 
 
@@ -1272,7 +1305,7 @@ def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
     Args:
         path: File to write: `features` (N, h, w, c) float16, `labels` (N,) int64, and the attributes.
         encoder: Saved `encoder`.
-        images: As of `encode`.
+        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1].
         labels: N labels.
         origin: `feature_map_origin` of the images.
         batch_size: Images computed at a time.
@@ -1291,7 +1324,7 @@ def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
         file["labels"] = labels
 
 
-def feature_maps(out, run, part, images, labels, pooling=0, **described):
+def feature_maps(out, run, subset, images, labels, pooling=0, **described):
     """Feature maps of a saved encoder: read from their file, or made, if there is none that fits.
 
     A file is taken for what its attributes say, not for its name: one that another model, other images or
@@ -1300,8 +1333,11 @@ def feature_maps(out, run, part, images, labels, pooling=0, **described):
     Args:
         out: Folder that holds `models/`, `weights/` and `feature_maps/`.
         run: Name of the encoder's run.
-        part: Which images, for the name of the file: `feature_maps/RUN_PART.h5`, with `_poolN` if pooled.
-        images, labels, pooling, described: As of `write_feature_maps` and `feature_map_origin`.
+        subset: Which images, for the name of the file: `feature_maps/RUN_SUBSET.h5`, with `_poolN` if pooled.
+        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1].
+        labels: N labels.
+        pooling: Side of the grid that the maps are averaged to; 0 leaves them as they are.
+        described: What a reader wants to know beside: data set, split, sigma.
 
     Returns:
         float16 array (N, h, w, c).
@@ -1310,7 +1346,7 @@ def feature_maps(out, run, part, images, labels, pooling=0, **described):
         ModelError: there is no such encoder, or it is damaged.
     """
     encoder = load_model(out, run, "encoder")
-    path = Path(out) / "feature_maps" / f"{run}_{part}{f'_pool{pooling}' if pooling else ''}.h5"
+    path = Path(out) / "feature_maps" / f"{run}_{subset}{f'_pool{pooling}' if pooling else ''}.h5"
     weights = Path(out) / "weights" / f"encoder_{run}.weights.h5"
     origin = feature_map_origin(run, weights, images, pooling, **described)
     try:

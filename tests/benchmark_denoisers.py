@@ -21,7 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import simple_autoencoder as simple
 import util
-from load_data import BUILT_IN, add_data_options, dataset_name, held_out_pictures, load_data
+from load_data import (
+    BUILT_IN,
+    FEWEST_HELD_OUT,
+    SPLIT_SEED,
+    DataError,
+    add_data_options,
+    dataset_name,
+    image_files,
+    load_data,
+    read_picture,
+    split_pictures,
+)
 
 import bm3d
 import cv2
@@ -150,6 +161,27 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def held_out_pictures(folder):
+    """The photographs of a folder that make its test split, whole.
+
+    Args:
+        folder: Folder of at least FEWEST_HELD_OUT images; with fewer, none is held out whole.
+
+    Returns:
+        List of uint8 arrays (H, W, 3), in the order of the file names.
+
+    Raises:
+        DataError: no such folder, or too few images in it.
+    """
+    files = image_files(Path(folder))
+    if len(files) < FEWEST_HELD_OUT:
+        raise DataError(
+            f"{folder}: its {len(files)} images are all trained on in part; add some, or take others"
+        )
+    splits = split_pictures(len(files), np.random.default_rng(SPLIT_SEED))
+    return [read_picture(path) for path, split in zip(files, splits, strict=True) if split == "test"]
+
+
 def test_images(args):
     """What is denoised, as `simple.evaluate` takes it."""
     if args.dataset in BUILT_IN:
@@ -179,11 +211,13 @@ def main(argv=None):
     clean = test_images(args)
     names = args.models or util.saved_runs(args.out, "autoencoder")
     models = {name: util.load_model(args.out, name, "autoencoder") for name in names}
-    for denoise in simple.blind(models).values():
+    for denoise in simple.without_sigma(models).values():
         for shape in {batch.shape for batch in clean}:  # compile for it before the clock starts
             denoise(np.zeros(shape, np.float32), 0)
     denoisers = {label: one_by_one(CLASSICAL[label]) for label in CLASSICAL if label not in args.without}
-    denoisers = {label: Timed(denoise) for label, denoise in (denoisers | simple.blind(models)).items()}
+    denoisers = {
+        label: Timed(denoise) for label, denoise in (denoisers | simple.without_sigma(models)).items()
+    }
     stored = after_storing(denoisers, args.stored_as)
     table = simple.evaluate(stored, clean)
     hardware = util.environment()["hardware"]

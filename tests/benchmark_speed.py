@@ -44,7 +44,7 @@ def main():
     picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     window = picture[None, :WINDOW, :WINDOW] / np.float32(255)
     ways = {
-        "": (SIDE, lambda model: simple.denoise_pixels(model, picture)),
+        "": (SIDE, lambda model: util.denoise_picture(model, picture)),
         "window, ": (WINDOW, lambda model: model.predict_on_batch(window)),
     }
     seconds = {(way, label): [] for way in ways for label in models}
@@ -55,7 +55,7 @@ def main():
             times.append(time.perf_counter() - started)
     rows = []
     for label, model in models.items():
-        millions = util.multiply_accumulates(model, (32, 32, 3)) / 1e6
+        millions = simple.multiply_accumulates(model, (32, 32, 3)) / 1e6
         rows.append({"model": label, "million multiply-accumulates, 32x32": millions})
         for way, (side, _) in ways.items():
             fastest, peer = (min(seconds[way, name][1:]) for name in (label, "FFDNet's shape"))
