@@ -9,10 +9,12 @@
 
 Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
 models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
-GIFs. A training of CIFAR-10 with the defaults takes 53 minutes on two CPU cores with AVX512-BF16.
+GIFs. A training of CIFAR-10 with the defaults takes 80 minutes on two CPU cores with AVX512-BF16.
 
-The encoder maps the noisy image to mean and log-variance of a Gaussian code z on a grid, one code for every
-2x2 pixels; the decoder maps a code to the clean image. All information passes through z.
+The encoder maps the noisy image to mean and log-variance of two Gaussian codes on a grid, one of each for
+every 2x2 pixels: z holds what the noise has left, the detail code what it has destroyed. The decoder maps
+them to a clean image. The detail code's mean is zero and stands for the best guess; draws of it are the clean
+images that may have been.
 Kingma, Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 """
 
@@ -40,21 +42,28 @@ from load_data import (
 import keras
 import numpy as np
 from keras import layers, ops
+from matplotlib.figure import Figure
+from scipy.stats import norm
 
-# architecture: 108 million multiply-accumulates for a 32x32 image
+# architecture: 108 million multiply-accumulates for a 32x32 image, 79 million more for the detail code
 FILTERS = 48
 ENCODER_BLOCKS, DECODER_BLOCKS = 4, 6
 LATENT_DIM = 48
+DETAIL_ENCODER_BLOCKS, DETAIL_DECODER_BLOCKS = 3, 4
+DETAIL_DEVIATION = 0.04  # of pixels that an untrained detail decoder makes of a standard normal code
 INITIAL_LOG_VAR = -10.0  # of the code: its standard deviation starts at 0.007, about 2 grey levels
 
 # optimization
 EPOCHS = 20
+DETAIL_EPOCHS = 6  # of the detail code, with the rest frozen
 BATCH_SIZE = 16  # 64 is 0.2 dB behind after 77,000 images
 LEARNING_RATE = 1e-3
 DECAY = 0.01  # ratio of the last learning rate to the highest
 WARMUP_STEPS = 500  # and at most a tenth of the training
 CLIP_NORM = 0.5  # without it the first steps can destroy the identity that the model starts as
 KL_WEIGHT = 1e-3
+DETAIL_KL_WEIGHT, DETAIL_LEARNING_RATE = 1e-3, 1e-3
+CRPS_WEIGHTS = {1: 1.6, 2: 1.7, 4: 2.8, 8: 4.8}  # of the means of blocks, by side in pixels
 SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_SHARE, JPEG_SHARE = 0.2, 0.3  # of the training images with --photographs
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
@@ -68,7 +77,10 @@ SHOWN_SIGMA = 50
 GIF_FRAMES = 50  # at most
 SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
-POSTERIOR_SAMPLES, POSTERIOR_IMAGES = 20, 500
+POSTERIOR_SAMPLES = 64
+POSTERIOR_SIGMAS = (15, 25, 50, 75)
+INTERVALS = {0.5: 0.6745, 0.9: 1.645}  # half the width of a Gaussian's central intervals, in deviations
+SHOWN_DRAWS = 3
 FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
@@ -76,12 +88,12 @@ PHOTOGRAPHS = "photos432"  # data set whose model denoises them, where it is sav
 DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
 
 
-def residual_blocks(x, filters, count, name):
+def residual_blocks(x, filters, count, name, use_bias=True):
     """Apply `count` blocks x + conv(relu(conv(x))), 3x3; the second convolutions start at zero."""
     for index in range(count):
-        block = f"{name}_{index}"
-        y = layers.Conv2D(filters, 3, padding="same", activation="relu", name=f"{block}_a")(x)
-        y = layers.Conv2D(filters, 3, padding="same", kernel_initializer="zeros", name=f"{block}_b")(y)
+        block, same = f"{name}_{index}", {"padding": "same", "use_bias": use_bias}
+        y = layers.Conv2D(filters, 3, activation="relu", name=f"{block}_a", **same)(x)
+        y = layers.Conv2D(filters, 3, kernel_initializer="zeros", name=f"{block}_b", **same)(y)
         x = layers.Add(name=f"{block}_add")([x, y])
     return x
 
@@ -107,7 +119,7 @@ def build_encoder(filters=FILTERS, blocks=ENCODER_BLOCKS, latent_dim=LATENT_DIM)
     noisy = keras.Input((None, None, 3), name="noisy")
     x = layers.Conv2D(filters, 2, strides=2, name="to_cells")(noisy)
     x = residual_blocks(x, filters, blocks, "encoder")
-    return keras.Model(noisy, list(code_heads(x, latent_dim)), name="encoder")
+    return keras.Model(noisy, list(code_heads(x, latent_dim)), name="z_encoder")
 
 
 def build_decoder(filters=FILTERS, blocks=DECODER_BLOCKS, latent_dim=LATENT_DIM):
@@ -116,7 +128,67 @@ def build_decoder(filters=FILTERS, blocks=DECODER_BLOCKS, latent_dim=LATENT_DIM)
     x = layers.Conv2D(filters, 1, name="from_code")(z)
     x = residual_blocks(x, filters, blocks, "decoder")
     image = layers.Conv2DTranspose(3, 2, strides=2, dtype="float32", name="to_pixels")(x)
-    return keras.Model(z, image, name="decoder")
+    return keras.Model(z, image, name="z_decoder")
+
+
+def detail_features(noisy, mean, filters, blocks, name="detail"):
+    """What the deviation of a detail code is told from: the image that it is about, and the mean of z."""
+    x = layers.Conv2D(filters, 2, strides=2, name=f"{name}_to_cells")(noisy)
+    x = layers.Conv2D(filters, 1, name=f"{name}_mix")(layers.Concatenate(name=f"{name}_input")([x, mean]))
+    return residual_blocks(x, filters, blocks, f"{name}_encoder")
+
+
+def detail_head(x, latent_dim, name="detail"):
+    """Log-variance of a detail code on the grid of x; starts at that of N(0, I)."""
+    head = layers.Conv2D(latent_dim, 1, kernel_initializer="zeros", dtype="float32", name=f"{name}_log_var")
+    return head(x)
+
+
+def build_detail_encoder(filters=FILTERS, blocks=DETAIL_ENCODER_BLOCKS, latent_dim=LATENT_DIM):
+    """Detail encoder: [noisy image (N, H, W, 3), z_mean (N, H/2, W/2, latent_dim)] to detail_log_var."""
+    noisy = keras.Input((None, None, 3), name="noisy")
+    z_mean = keras.Input((None, None, latent_dim), name="z_mean")
+    x = detail_features(noisy, z_mean, filters, blocks)
+    return keras.Model([noisy, z_mean], detail_head(x, latent_dim), name="detail_encoder")
+
+
+def build_detail_decoder(filters=FILTERS, blocks=DETAIL_DECODER_BLOCKS, latent_dim=LATENT_DIM):
+    """Detail decoder: detail code (N, h, w, latent_dim) to what it adds to an image, (N, 2h, 2w, 3).
+
+    It has no biases, so that a code of zero, the mean, adds exactly nothing.
+    """
+    detail = keras.Input((None, None, latent_dim), name="detail")
+    x = layers.Conv2D(filters, 1, use_bias=False, kernel_initializer="orthogonal", name="from_detail")(detail)
+    x = residual_blocks(x, filters, blocks, "detail_decoder", use_bias=False)
+    start = keras.initializers.RandomNormal(stddev=DETAIL_DEVIATION)
+    added = layers.Conv2DTranspose(
+        3, 2, strides=2, use_bias=False, kernel_initializer=start, dtype="float32", name="detail_to_pixels"
+    )
+    return keras.Model(detail, added(x), name="detail_decoder")
+
+
+def join_encoders(encoder, detail_encoder):
+    """Encoder that ships: noisy image to [mean, log-variance] of each level's z, then of the detail codes."""
+    noisy = keras.Input((None, None, 3), name="noisy")
+    outputs = list(encoder(noisy))
+    for log_var in as_list(detail_encoder([noisy, *util.split_codes(outputs)[0]])):
+        outputs += [layers.Rescaling(0.0, dtype="float32")(log_var), log_var]
+    return keras.Model(noisy, outputs, name="encoder")
+
+
+def join_decoders(decoder, detail_decoder):
+    """Decoder that ships: z of each level and the detail codes, one after another, to an image."""
+    z, details = (
+        [keras.Input(code.shape[1:], name=code.name) for code in part.inputs]
+        for part in (decoder, detail_decoder)
+    )
+    parts = [util.decode(decoder, z), util.decode(detail_decoder, details)]
+    return keras.Model([*z, *details], layers.Add(dtype="float32", name="image")(parts), name="decoder")
+
+
+def as_list(outputs):
+    """Outputs of a model as a list, also where there is but one."""
+    return outputs if isinstance(outputs, (list, tuple)) else [outputs]
 
 
 def start_as_identity(encoder, decoder):
@@ -167,13 +239,15 @@ class DenoisingVAE(keras.Model):
         photographs: Whether the noise of some images is that of grey or JPEG files instead of white.
     """
 
+    monitor, kl_name = "val_psnr", "kl"
+
     def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0, photographs=False):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
         self.sigma, self.kl_weight, self.seed, self.photographs = sigma, kl_weight, seed, photographs
         self.random = keras.random.SeedGenerator(seed)
         self.psnr = keras.metrics.Mean("psnr")
-        self.kl = keras.metrics.Mean("kl")
+        self.kl = keras.metrics.Mean(self.kl_name)
 
     def call(self, images, training=False):
         images = ops.cast(images, "float32")
@@ -204,6 +278,76 @@ class DenoisingVAE(keras.Model):
         self.kl.update_state(kl)
         loss = 0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl
         return ops.mean(loss)
+
+
+class DetailVAE(DenoisingVAE):
+    """Trains the detail code, so that decoded draws are the clean images that may have been.
+
+    A clean image is taken for `decoder(z_mean) + detail_decoder(d)` with d from N(0, s(x)^2), s(x)^2 what the
+    detail encoder makes of the noisy image x and z_mean. Encoder and decoder of z are frozen: they give the
+    mean, which no draw improves. The loss of an image is
+
+        w(sigma) * sum over k of v_k * CRPS_k + kl_weight * KL(N(0, s(x)^2) || N(0, I)).
+
+    Of the ELBO it keeps the KL term, which keeps draws of d near the prior where the image does not ask for
+    less. The likelihood of the clean image y is replaced by a score of draws, since a Gaussian likelihood of
+    single pixels would know nothing of how they hang together. For two independent draws a and b,
+
+        CRPS = 1/2 (|a - y| + |b - y|) - 1/2 |a - b|
+
+    is an unbiased estimate of the continuous ranked probability score, whose expectation the true
+    distribution alone makes smallest (it is strictly proper: Gneiting, Raftery, "Strictly Proper Scoring
+    Rules, Prediction, and Estimation", 2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS",
+    2024). It is unbiased with two draws, therefore two suffice: more only lower its variance, as more images
+    do. CRPS_k scores the means of blocks of k x k pixels, so that neighbours deviate together as errors do.
+    w(sigma), about one over the error to expect, values all noise levels alike; it depends on the noise
+    alone, since weights that depend on the clean image would favour wrong distributions.
+
+    Args:
+        encoder: Trained: noisy images to [z_mean, z_log_var] of each level, one after another.
+        decoder: Trained: z of all levels to images.
+        detail_encoder: Noisy images and the means of z to the log-variance of each detail code.
+        detail_decoder: Detail codes to what they add to images.
+        options: Those of `DenoisingVAE`.
+    """
+
+    monitor, kl_name = "val_loss", "detail_kl"
+
+    def __init__(self, encoder, decoder, detail_encoder, detail_decoder, **options):
+        super().__init__(encoder, decoder, **options)
+        self.encoder.trainable = self.decoder.trainable = False
+        self.detail_encoder, self.detail_decoder = detail_encoder, detail_decoder
+        self.crps = keras.metrics.Mean("crps")
+
+    def call(self, images, training=False):
+        images = ops.cast(images, "float32")
+        noisy = self.noisy(images) if training else images
+        means, _ = util.split_codes(self.encoder(noisy))
+        denoised = util.decode(self.decoder, means)
+        log_vars = as_list(self.detail_encoder([noisy, *means]))
+        draws = []
+        for _ in range(2):
+            details = [self.sample(ops.zeros_like(log_var), log_var) for log_var in log_vars]
+            draws.append(denoised + util.decode(self.detail_decoder, details))
+        return denoised, noisy, draws, log_vars
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        denoised, noisy, draws, log_vars = y_pred
+        sigma = ops.sqrt(ops.mean(ops.square(noisy - y), axis=(1, 2, 3), keepdims=True))
+        weight = 1 / ops.maximum(2 * GREY_LEVEL, 0.25 * ops.sqrt(8 * GREY_LEVEL * sigma))
+        values = ops.cast(ops.prod(ops.shape(y)[1:]), "float32")
+        kl = sum(kl_divergence(0.0, log_var) for log_var in log_vars) / values
+        loss = self.kl_weight * ops.mean(kl)
+        for side, share in CRPS_WEIGHTS.items():
+            a, b, clean = (ops.average_pool(images, side, strides=side) for images in (*draws, y))
+            crps = (ops.abs(a - clean) + ops.abs(b - clean) - ops.abs(a - b)) / 2
+            loss += share * ops.mean(weight * crps)
+            if side == 1:
+                self.crps.update_state(crps / GREY_LEVEL)
+        mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
+        self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
+        self.kl.update_state(kl)
+        return loss
 
 
 def grey_or_jpeg_noise(clean, noise, in_jpeg, blocky):
@@ -313,36 +457,97 @@ def gif_images(data, cell):
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
-def fit_denoiser(vae, data, args, epochs, stage="", epochs_before=0):
+def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     """Train `vae` on clean images, keeping a checkpoint after every epoch; go on from one that is there.
 
     Args:
-        vae: Built `DenoisingVAE`; has the best weights afterwards.
+        vae: Built `DenoisingVAE` or `DetailVAE`; has the best weights afterwards.
         data: `load_data.Data`.
         args: Arguments of the run.
-        epochs: Passes over the training images, those of the checkpoint included.
-        stage: Name of this stage, where a training has several.
+        stage: Name of this stage of the training.
+        epochs: Passes over the training images, those of the checkpoint included; with 0, nothing is done.
         epochs_before: Epochs of earlier stages.
 
     Returns:
-        The metrics, a dict for each epoch.
+        The metrics, a dict for each epoch, with the stage and the epoch counted over all stages.
 
     Raises:
         util.ModelError: the loss became NaN, or the checkpoint is damaged.
     """
+    if not epochs:
+        return []
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
     images = whole_cells(data.images[data.denoiser_split], cell)
     batches = Batches(images, args.batch_size, args.seed, GREY_SHARE if vae.photographs else 0)
     clean = whole_cells(data.images["validation"], cell)
     noisy = validation_noise(clean, args.sigma)
-    vae.compile(optimizer=build_optimizer(args.learning_rate, epochs * len(batches)))
+    rate = args.learning_rate if vae.monitor == "val_psnr" else DETAIL_LEARNING_RATE
+    vae.compile(optimizer=build_optimizer(rate, epochs * len(batches)))
     vae(noisy[:1])
-    callbacks = [
-        EpochStart(batches, epochs_before),
-        Frames(folder / "frames", gif_images(data, cell)[1], epochs_before),
-    ]
-    validation = noisy, util.to_float(clean)
-    return util.fit(vae, batches, validation, epochs, folder, "val_psnr", callbacks, stage)
+    callbacks = [EpochStart(batches, epochs_before)]
+    if vae.monitor == "val_psnr":
+        callbacks.append(Frames(folder / "frames", gif_images(data, cell)[1], epochs_before))
+    rows = util.fit(
+        vae, batches, (noisy, util.to_float(clean)), epochs, folder, vae.monitor, callbacks, stage
+    )
+    return [{"stage": stage} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
+
+
+def fit_detail(vae, detail, data, args, epochs_before):
+    """Train the detail code of a trained `vae`.
+
+    Args:
+        vae: Trained `DenoisingVAE`; is frozen.
+        detail: Detail encoder and detail decoder.
+        data: `load_data.Data`.
+        args: Arguments of the run.
+        epochs_before: Epochs of earlier stages.
+
+    Returns:
+        The metrics of `fit_stage`.
+    """
+    options = {"sigma": args.sigma, "seed": args.seed, "photographs": args.photographs}
+    trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, **options)
+    return fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
+
+
+def load_start(args, encoder, decoder):
+    """Give encoder and decoder the weights of the run that --start names.
+
+    Returns:
+        The metrics of its epochs if --epochs 0 leaves z as it is, else none.
+
+    Raises:
+        util.ModelError: it is missing, damaged or of another architecture.
+    """
+    util.start_from(encoder, args.out, args.start, "encoder")
+    util.start_from(decoder, args.out, args.start, "decoder")
+    rows = [] if args.epochs else util.read_csv(args.out / f"logs/{args.start}.csv")
+    return [row for row in rows if row.get("stage") != "detail"]
+
+
+def train(args, data):
+    """Train z, then the detail code.
+
+    Returns:
+        Encoder and decoder with both codes, the autoencoder of the means, and the metrics of all epochs.
+    """
+    encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
+    decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
+    detail = (
+        build_detail_encoder(args.filters, DETAIL_ENCODER_BLOCKS, args.latent_dim),
+        build_detail_decoder(args.filters, DETAIL_DECODER_BLOCKS, args.latent_dim),
+    )
+    joined = join_encoders(encoder, detail[0]), join_decoders(decoder, detail[1])
+    rows = []
+    if args.start:
+        rows = load_start(args, *joined)
+    else:
+        start_as_identity(encoder, decoder)
+    vae = build_vae(encoder, decoder, args)
+    rows += fit_stage(vae, data, args, "z", args.epochs)
+    rows += fit_detail(vae, detail, data, args, len(rows))
+    return *joined, build_autoencoder(encoder, decoder), rows
 
 
 def evaluate(denoisers, clean, sigmas=SIGMAS):
@@ -404,94 +609,227 @@ def sweep_figure(models, clean):
     return util.curves_figure(panels, f"Mean over {len(clean)} test images", ticks=SIGMAS)
 
 
-def decoded_samples(decoder, outputs, count, seed=TEST_NOISE_SEED):
+def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=TEST_NOISE_SEED):
     """Images decoded from draws of the posterior.
 
     Args:
-        decoder: Saved model.
-        outputs: Of the encoder.
-        count: Draws of all codes.
+        encoder, decoder: Saved models.
+        noisy: float32 array (N, H, W, 3).
+        samples: Draws of all codes.
         seed: Of the draws.
 
     Returns:
-        float32 array (count, N, H, W, 3), nominally in [0, 1].
+        float32 array (samples, N, H, W, 3), nominally in [0, 1].
     """
     rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(count):
-        noise = [rng.standard_normal(mean.shape, np.float32) for mean in util.split_codes(outputs)[0]]
-        draws.append(util.decode_arrays(decoder, util.sample_codes(outputs, noise)))
-    return np.stack(draws)
+    outputs = encoder.predict(noisy, verbose=0)
+    means, _ = util.split_codes(outputs)
+    noise = [rng.standard_normal((samples, *mean.shape), np.float32) for mean in means]
+    codes = [code.reshape(-1, *code.shape[2:]) for code in util.sample_codes(outputs, noise)]
+    return util.decode_arrays(decoder, codes).reshape(samples, *noisy.shape)
 
 
-def posterior_tables(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERIOR_SAMPLES):
-    """What the code is worth: its information, and the PSNR of what its mean and its samples decode to.
+def block_means(images, side):
+    """Means of blocks of side x side pixels, (..., H, W, 3) to (..., H // side, W // side, 3)."""
+    height, width = (length // side for length in images.shape[-3:-1])
+    images = images[..., : height * side, : width * side, :]
+    return images.reshape(*images.shape[:-3], height, side, width, side, 3).mean(axis=(-4, -2))
+
+
+def compare_draws(clean, draws):
+    """Compare draws with the truth.
+
+    Args:
+        clean: Array (N, h, w, 3) in [0, 1].
+        draws: Array (samples, N, h, w, 3).
+
+    Returns:
+        Dict of arrays, one number for each value of `clean`: error of the draws' mean; their deviation; CRPS
+        by the estimate that is fair with any number of draws (Ferro, "Fair Scores for Ensemble Forecasts",
+        2014); CRPS of a Gaussian around the same mean whose deviation is each image's true error (Gneiting,
+        Raftery, 2007, eq. 5); and how many draws are below the truth.
+    """
+    samples, mean = len(draws), draws.mean(axis=0)
+    error = clean - mean
+    # the mean distance of two different draws, from their order
+    ranks = np.arange(1 - samples, samples, 2) / (samples * (samples - 1))
+    distance = 2 * np.tensordot(ranks.astype(np.float32), np.sort(draws, axis=0), 1)
+    spread = np.sqrt(np.square(error).mean(axis=(1, 2, 3), keepdims=True))
+    x = error / spread
+    gaussian = spread * (x * (2 * norm.cdf(x) - 1) + 2 * norm.pdf(x) - 1 / math.sqrt(math.pi))
+    compared = {
+        "error": error,
+        "deviation": draws.std(axis=0, ddof=1),
+        "crps": np.abs(draws - clean).mean(axis=0) - distance / 2,
+        "gaussian": gaussian,
+        "rank": (draws < clean).sum(axis=0),
+    }
+    return {key: value.ravel() for key, value in compared.items()}
+
+
+def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES, at_once=25):
+    """Measure draws of the posterior by the protocol's noise.
 
     Args:
         encoder, decoder: Saved models.
         clean: uint8 array (N, H, W, 3).
-        sigma: Of the noise.
-        samples: Draws that are averaged.
+        sigma: Of the noise, on the 0-255 scale.
+        samples: Draws of each image.
+        at_once: Images computed at a time.
 
     Returns:
-        Rows by level: KL from N(0, I) in nats, mean over latents and images, and the share of active units,
-        the channels whose mean has a variance above 0.01 (Burda, Grosse, Salakhutdinov, "Importance Weighted
-        Autoencoders", ICLR 2016); and rows by what is decoded: PSNR in dB.
+        Dict: by block side in pixels what `compare_draws` returns, and by name arrays (N,): PSNR in dB of the
+        `posterior mean` that ships as the autoencoder, of the `mean of draws` and of `one draw`, and the
+        `expected` PSNR of the posterior mean, from what draws differ from it.
+    """
+    clean = whole_cells(clean, util.stride(encoder))
+    rng = np.random.default_rng(TEST_NOISE_SEED)
+    parts = []
+    for start in range(0, len(clean), at_once):
+        images = clean[start : start + at_once]
+        noisy = add_noise(images, sigma, rng)
+        draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
+        means, _ = util.split_codes(encoder.predict(noisy, verbose=0))
+        mean = util.decode_arrays(decoder, means)
+        measured = {
+            side: compare_draws(block_means(util.to_float(images), side), block_means(draws, side))
+            for side in CRPS_WEIGHTS
+        }
+        shown = {"posterior mean": mean, "mean of draws": draws.mean(axis=0), "one draw": draws[0]}
+        measured |= {label: util.psnr(images, util.to_uint8(image)) for label, image in shown.items()}
+        expected = np.square(np.clip(draws, 0, 1) - np.clip(mean, 0, 1)).mean(axis=(0, 2, 3, 4))
+        parts.append(measured | {"expected": -10 * np.log10(expected)})
+    joined = keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+    return joined | {"samples": samples}
+
+
+def covered(compared, samples, width):
+    """Which true values lie within the draws' mean plus or minus `width` deviations, boolean."""
+    return np.abs(compared["error"]) <= width * math.sqrt(1 + 1 / samples) * compared["deviation"]
+
+
+def calibration_rows(measured, sigma):
+    """Rows of the table of calibration, one for each block side; `measured` by `measure_posterior`."""
+    rows, samples = [], measured["samples"]
+    for side in CRPS_WEIGHTS:
+        compared = measured[side]
+        variance = np.square(compared["deviation"]).mean(dtype=np.float64) * (1 + 1 / samples)
+        error = np.square(compared["error"]).mean(dtype=np.float64)
+        inside = {share: covered(compared, samples, width) for share, width in INTERVALS.items()}
+        tenths = np.array_split(inside[0.9][np.argsort(compared["deviation"])], 10)
+        rows.append(
+            {"sigma": sigma, "block": f"{side}x{side}", "spread/skill": math.sqrt(variance / error)}
+            | {f"{share:.0%} covers": float(values.mean()) for share, values in inside.items()}
+            | {"worst tenth": float(min(values.mean() for values in tenths))}
+            | {"CRPS": 255 * float(compared["crps"].mean(dtype=np.float64))}
+            | {"CRPS, Gaussian": 255 * float(compared["gaussian"].mean(dtype=np.float64))}
+        )
+    return rows
+
+
+def quality_row(measured, sigma):
+    """PSNR of what is decoded, and how well it is foretold; `measured` by `measure_posterior`."""
+    labels = ("posterior mean", "mean of draws", "one draw")
+    psnr = {f"{label} PSNR": float(measured[label].mean()) for label in labels}
+    true, expected = measured["posterior mean"], measured["expected"]
+    foretold = {"expected PSNR": float(expected.mean())}
+    foretold["correlation"] = float(np.corrcoef(true, expected)[0, 1])
+    return {"sigma": sigma} | psnr | foretold
+
+
+def code_rows(encoder, clean, sigma=SHOWN_SIGMA):
+    """Rows by code: its KL from N(0, I) in nats, mean over latents and images, and the share of active units.
+
+    Active are the channels whose mean has a variance above 0.01 (Burda, Grosse, Salakhutdinov, "Importance
+    Weighted Autoencoders", ICLR 2016).
     """
     clean = whole_cells(clean, util.stride(encoder))
     outputs = encoder.predict(add_noise(clean, sigma), verbose=0)
-    means, log_vars = util.split_codes(outputs)
-    levels = []
-    for level, (mean, log_var) in enumerate(zip(means, log_vars, strict=True), start=1):
+    levels = range(1, len(util.level_means(outputs)) + 1)
+    names = [f"{kind} of level {level}" for kind in ("z", "detail") for level in levels]
+    rows = []
+    for name, mean, log_var in zip(names, *util.split_codes(outputs), strict=True):
         kl = ops.convert_to_numpy(kl_divergence(mean, log_var)) / mean[0].size
         active = mean.var(axis=(0, 1, 2)) > 0.01
-        levels.append(
-            {"level": level, "KL per latent": float(kl.mean()), "active units": float(active.mean())}
-        )
-    draws = decoded_samples(decoder, outputs, samples)
-    decoded = {
-        "posterior mean": util.decode_arrays(decoder, means),
-        "one sample": draws[0],
-        f"mean of {samples} samples": draws.mean(axis=0),
-    }
-    quality = [
-        {"decoded": label, "PSNR": float(util.psnr(clean, util.to_uint8(images)).mean())}
-        for label, images in decoded.items()
-    ]
-    return levels, quality
+        rows.append({"code": name, "KL per latent": float(kl.mean()), "active units": float(active.mean())})
+    return rows
 
 
-def posterior_figure(encoder, decoder, clean, sigma=SHOWN_SIGMA, samples=POSTERIOR_SAMPLES):
-    """What sampling z tells: the standard deviation of the decoded samples beside the error, per pixel.
+def posterior_figure(encoder, decoder, clean, posterior, sigma=SHOWN_SIGMA):
+    """Draws of some images, deviation beside error on one scale, and how well both agree over many images.
 
     Args:
         encoder, decoder: Saved models.
         clean: uint8 array (N, H, W, 3).
+        posterior: What `measure_posterior` returned for each sigma.
         sigma: Of the noise.
-        samples: Draws of z for each image.
     """
     clean = whole_cells(clean, util.stride(encoder))
     noisy = add_noise(clean, sigma)
-    draws = decoded_samples(decoder, encoder.predict(noisy, verbose=0), samples)
-    average = np.mean(draws, axis=0)
-    deviation = 255 * np.std(draws, axis=0).mean(axis=-1)
-    error = 255 * np.abs(average - clean / 255).mean(axis=-1)
-    agreement = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(deviation, error, strict=True)]
+    means, _ = util.split_codes(encoder.predict(noisy, verbose=0))
+    mean = util.decode_arrays(decoder, means)
+    draws = decoded_draws(encoder, decoder, noisy)
+    deviation = 255 * np.sqrt(np.square(draws - mean).mean(axis=(0, -1)))
+    error = 255 * np.sqrt(np.square(mean - util.to_float(clean)).mean(axis=-1))
+    shown = {f"noisy, sigma {sigma}": util.to_uint8(noisy), "mean": util.to_uint8(mean)}
+    shown |= {f"draw {index + 1}": util.to_uint8(draws[index]) for index in range(SHOWN_DRAWS)}
     rows = [
-        (f"noisy, sigma {sigma}", util.to_uint8(noisy), None),
-        (f"mean of {samples}", util.to_uint8(average), None),
-        ("deviation", deviation, [f"mean {value.mean():.1f}" for value in deviation]),
-        ("error", error, [f"mean {value.mean():.1f}" for value in error]),
-        ("clean", clean, [f"correlation {value:.2f}" for value in agreement]),
+        (label, images, [f"{value:.1f} dB" for value in util.psnr(clean, images)])
+        for label, images in shown.items()
     ]
-    return util.rows_figure(rows, f"{samples} samples of z: deviation per pixel and error, in grey levels")
+    for label, maps in (("deviation", deviation), ("error", error)):
+        rows.append((label, maps, [f"{np.sqrt(np.square(values).mean()):.1f}" for values in maps]))
+    figure = Figure(figsize=(1.35 * SHOWN + 4.8, 1.55 * (len(rows) + 1)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35 * SHOWN, 4.8))
+    title = "Draws of the codes; deviation and error in grey levels, on one scale of colours"
+    util.rows_figure([*rows, ("clean", clean, None)], title, figure=left)
+    util.curves_figure(calibration_panels(posterior[sigma]), f"All test images, sigma {sigma}", figure=right)
+    return figure
+
+
+def calibration_panels(measured, bins=13):
+    """Panels for `util.curves_figure`: reliability of central intervals, and histogram of the truth's rank.
+
+    Args:
+        measured: What `measure_posterior` returned.
+        bins: Of the histogram.
+    """
+    samples, shares = measured["samples"], np.linspace(0.05, 0.95, 19)
+    reliability, histogram = {}, {}
+    for side in CRPS_WEIGHTS:
+        label = f"means of {side}x{side}" if side > 1 else "pixels"
+        shown = [covered(measured[side], samples, norm.ppf((1 + share) / 2)).mean() for share in shares]
+        reliability[label] = shares, shown
+        counts, edges = np.histogram(measured[side]["rank"], np.linspace(-0.5, samples + 0.5, bins + 1))
+        density = counts / counts.sum() / np.diff(edges) * (samples + 1)
+        histogram[label] = (edges[:-1] + edges[1:]) / 2 / samples, density
+    reliability["calibrated"], histogram["calibrated"] = (shares, shares), ((0, 1), (1, 1))
+    return [
+        ("central interval of draws", "share of true values in it", reliability),
+        ("share of draws below the truth", "density", histogram),
+    ]
+
+
+def expected_figure(posterior, title):
+    """Expected against true PSNR of each test image, a colour for each sigma."""
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for sigma, measured in posterior.items():
+        axis.plot(measured["expected"], measured["posterior mean"], ".", markersize=3, label=f"sigma {sigma}")
+    low, high = axis.get_xlim()
+    axis.plot((low, high), (low, high), color="black", linewidth=0.8)
+    axis.set(xlabel="expected PSNR in dB, from the noisy image alone", ylabel="true PSNR in dB")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    axis.set_title(title, fontsize=10)
+    return figure
 
 
 def feature_figure(encoder, clean):
     """The channels of each level's z_mean of one image (1, H, W, 3), each scaled to its own range."""
     rows = []
-    means, _ = util.split_codes(encoder.predict(util.to_float(clean), verbose=0))
-    for level, mean in enumerate(means, start=1):
+    outputs = encoder.predict(util.to_float(clean), verbose=0)
+    for level, mean in enumerate(util.level_means(outputs), start=1):
         maps = mean[0].transpose(2, 0, 1)
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         maps = (maps - low) / np.maximum(high - low, 1e-6)
@@ -547,63 +885,76 @@ def write_sample_maps(draft, name, encoder, data):
     util.save_figure(feature_figure(encoder, data.spread("test", 1)), draft / f"feature_maps/{name}.png")
 
 
-def write_run(args, models, vae, data, rows, record=None):
+def write_run(args, models, encoder, decoder, data, rows, record=None):
     """Write everything that a training run leaves behind, all at once.
 
     Args:
         args: Arguments of the run.
         models: Dict of autoencoders to compare by label; the last one is the run's own.
-        vae: Trained `DenoisingVAE`.
+        encoder, decoder: Of the run.
         data: `load_data.Data`.
         rows: Metrics of each epoch.
         record: What else the run record should tell.
     """
-    name, folder = args.name, util.training_folder(args.out, args.name)
-    encoder, decoder = util.portable_copy(vae.encoder), util.portable_copy(vae.decoder)
+    name, frames = args.name, util.training_folder(args.out, args.name) / "frames"
+    models = {label: util.portable_copy(model) for label, model in models.items()}
+    encoder, decoder = util.portable_copy(encoder), util.portable_copy(decoder)
     parts = {"encoder": encoder, "decoder": decoder, "autoencoder": list(models.values())[-1]}
     with util.publishing(args.out, name) as draft:
         for part, model in parts.items():
             util.save_model(draft, model, f"{part}_{name}")
         util.write_csv(draft / f"logs/{name}.csv", rows)
-        write_figures(draft, name, models, encoder, decoder, data, rows)
-        clean, noisy = gif_images(data, util.stride(encoder))
-        write_gifs(draft, name, folder / "frames", clean, util.to_uint8(noisy))
+        if frames.exists():
+            clean, noisy = gif_images(data, util.stride(encoder))
+            write_gifs(draft, name, frames, clean, util.to_uint8(noisy))
         write_sample_maps(draft, name, encoder, data)
         described = util.describe_run(args, rows, "val_psnr") | data.described
         described["training_images"] = len(data.images[data.denoiser_split])
-        results = evaluation(models, encoder, decoder, data, TEST_IMAGES)
+        results, posterior = evaluation(models, encoder, decoder, data, TEST_IMAGES)
+        write_figures(draft, name, models, encoder, decoder, data, rows, posterior)
         util.write_record(draft, name, described | (record or {}) | results)
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
 
 
-def write_figures(draft, name, models, encoder, decoder, data, rows):
+def write_figures(draft, name, models, encoder, decoder, data, rows, posterior):
     """Write the figures of a run, `figures/NAME_*.png`."""
     shown = data.spread("test", SHOWN)
     figures = {
         "reconstructions": reconstruction_figure(models, shown),
-        "history": util.history_figure(rows, ("loss", "psnr", "kl"), name),
+        "history": util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name),
         "sweep": sweep_figure(models, data.spread("test", SWEEP_IMAGES)),
-        "posterior": posterior_figure(encoder, decoder, shown),
+        "posterior": posterior_figure(encoder, decoder, shown, posterior),
+        "expected": expected_figure(posterior, name),
     }
     for kind, figure in figures.items():
         util.save_figure(figure, draft / f"figures/{name}_{kind}.png")
 
 
 def evaluation(models, encoder, decoder, data, count):
-    """Evaluate on the first `count` test images, print the tables, return them as a part of the record."""
+    """Evaluate on the first `count` test images and print the tables.
+
+    Returns:
+        The tables, as a part of the run record, and what `measure_posterior` returns for each sigma.
+    """
     clean = data.sample("test", count)
     costs = [{"model": label} | cost(model) for label, model in models.items()]
     print(util.format_table(costs))
     table = evaluate(without_sigma(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
-    print(util.format_table(table))
-    posterior = posterior_tables(encoder, decoder, clean[:POSTERIOR_IMAGES])
-    print(f"Codes of the first {len(clean[:POSTERIOR_IMAGES]):,} of them at sigma {SHOWN_SIGMA}:")
+    print(util.format_table(table), flush=True)
+    print(
+        f"{POSTERIOR_SAMPLES} draws of the codes of each, at single pixels and means of blocks:", flush=True
+    )
+    measured = {sigma: measure_posterior(encoder, decoder, clean, sigma) for sigma in POSTERIOR_SIGMAS}
+    calibration = [row for sigma in measured for row in calibration_rows(measured[sigma], sigma)]
+    quality = [quality_row(measured[sigma], sigma) for sigma in measured]
+    posterior = calibration, quality, code_rows(encoder, clean)
     for rows in posterior:
         print(util.format_table(rows))
     key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"
     hardware = util.environment()["hardware"]
-    return {"costs": {hardware: costs}, "evaluation": {key: table}, "posterior": {key: posterior}}
+    results = {"costs": {hardware: costs}, "evaluation": {key: table}, "posterior": {key: posterior}}
+    return results, measured
 
 
 def multiply_accumulates(model, shape):
@@ -621,7 +972,7 @@ def multiply_accumulates(model, shape):
         if hasattr(layer, "kernel"):
             # the kernel is applied at each output position, a transposed convolution's at each input position
             transposed = isinstance(layer, keras.layers.Conv2DTranspose)
-            positions = (before if transposed else after).shape[1:-1]
+            positions = (before if transposed else after)[0].shape[1:-1]
             total += math.prod(positions) * math.prod(layer.kernel.shape)
     return total
 
@@ -659,7 +1010,8 @@ def evaluate_saved(args, labels):
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         record = util.read_record(args.out, args.name)
         size = args.size or util.size_of_run(record, dataset_name(args.dataset))
-        results = evaluation(models, *parts, load_data(args.dataset, args.data_dir, size), args.images)
+        data = load_data(args.dataset, args.data_dir, size)
+        results, _ = evaluation(models, *parts, data, args.images)
         results = {section: record.get(section, {}) | new for section, new in results.items()}
         with util.publishing(args.out, args.name) as draft:
             util.write_record(draft, args.name, record | results)
@@ -761,6 +1113,9 @@ def add_train_options(parser):
         metavar=("LOW", "HIGH"),
         help="range of the training noise's standard deviation, on the 0-255 scale",
     )
+    parser.add_argument(
+        "--detail-epochs", type=util.number(int, 0), default=DETAIL_EPOCHS, help="of the detail code"
+    )
     parser.add_argument("--filters", type=util.number(int, 12), default=FILTERS, help="channels, 12 at least")
     parser.add_argument(
         "--latent-dim", type=util.number(int, 1), default=LATENT_DIM, help="channels of a code"
@@ -843,6 +1198,8 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     args = util.parse_resumable(parser, train, argv, lambda args: default_name(args, kind))
     if args.verb == "train" and args.sigma[0] > args.sigma[1]:
         train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
+    if args.verb == "train" and not (args.epochs or args.start):
+        train.error("argument --epochs: 0 keeps what --start names; give one")
     return args
 
 
@@ -856,17 +1213,8 @@ def main(argv=None):
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     with util.training(__file__, args):
-        encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
-        decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
-        if args.start:
-            util.start_from(encoder, args.out, args.start, "encoder")
-            util.start_from(decoder, args.out, args.start, "decoder")
-        else:
-            start_as_identity(encoder, decoder)
-        vae = build_vae(encoder, decoder, args)
-        rows = fit_denoiser(vae, data, args, args.epochs)
-        models = {"simple": util.portable_copy(build_autoencoder(vae.encoder, vae.decoder))}
-        write_run(args, models, vae, data, rows)
+        encoder, decoder, autoencoder, rows = train(args, data)
+        write_run(args, {"simple": autoencoder}, encoder, decoder, data, rows)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def add_training_options(parser, epochs, batch_size):
     """Add the options that every training script spells alike; `epochs` and `batch_size` are its defaults."""
     add_run_options(parser)
     parser.add_argument(
-        "--epochs", type=number(int, 1), default=epochs, help="passes over the training images"
+        "--epochs", type=number(int, 0), default=epochs, help="passes over the training images"
     )
     parser.add_argument(
         "--batch-size", type=number(int, 1), default=batch_size, help="images in a training step"
@@ -494,9 +494,9 @@ def size_of_run(record, dataset):
 
 
 def best_row(rows, monitor):
-    """Metrics of the best epoch: the smallest loss, or the largest of another metric; None without rows."""
+    """Metrics of the best epoch: the smallest loss, or the largest of another metric; None without any."""
     choose = min if monitor.endswith("loss") else max
-    return choose(rows, key=lambda row: row[monitor], default=None)
+    return choose((row for row in rows if monitor in row), key=lambda row: row[monitor], default=None)
 
 
 def environment():
@@ -686,46 +686,48 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def stride(model):
-    """Factor that height and width of a convolutional model's input must be multiples of."""
-    factor = 1
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            factor *= stride(layer)
-        elif isinstance(layer, keras.layers.Conv2D):
-            factor *= layer.strides[0]
-    return factor
-
-
-def receptive_field(model):
-    """How many pixels to either side an output pixel of a convolutional model depends on, at most."""
-    side = 8 * stride(model)
-    radius = 0
-    for layer, before, after in layer_calls(model, keras.Input((side, side, 3))):
-        if isinstance(layer, (keras.layers.Conv2D, keras.layers.Conv2DTranspose)):
-            size, pixels = layer.kernel_size[0], side // max(before.shape[1], after.shape[1])
-            # an odd kernel looks to both sides alike, an even one to one side
-            radius += (size // 2 if size % 2 else size - 1) * pixels
-    return radius
-
-
 def layer_calls(model, inputs):
-    """(layer, input, output) of every layer of a functional model, those of nested models included."""
+    """(layer, inputs, outputs) of every layer of a functional model, those of nested models included.
+
+    Inputs and outputs are lists. The inputs of a nested model are the outputs of all its layers.
+    """
     calls = []
 
     def call(layer, *args, **kwargs):
-        output = layer(*args, **kwargs)
+        outputs, before = layer(*args, **kwargs), keras.tree.flatten(args)
         if isinstance(layer, keras.Model):
-            calls.extend(layer_calls(layer, args[0]))
-        else:
-            calls.append((layer, args[0] if args else None, output))
-        return output
+            calls.extend(inner := layer_calls(layer, args[0]))
+            before = [tensor for _, _, after in inner for tensor in after]
+        calls.append((layer, before, keras.tree.flatten(outputs)))
+        return outputs
 
     # only the walk over the graph is wanted, where every shape is known: the layers are not copied
     keras.models.clone_model(
         model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=call
     )
     return calls
+
+
+def stride(model):
+    """Factor that height and width of a convolutional model's input must be multiples of."""
+    side = 64
+    calls = layer_calls(model, keras.Input((side, side, 3)))
+    return max(side // tensor.shape[1] for _, _, after in calls for tensor in after if len(tensor.shape) == 4)
+
+
+def receptive_field(model):
+    """How many pixels to either side an output pixel of a convolutional model depends on, at most."""
+    side, reach = 64, {}
+    calls = layer_calls(model, keras.Input((side, side, 3)))
+    for layer, before, after in calls:
+        radius = 0
+        if isinstance(layer, (keras.layers.Conv2D, keras.layers.Conv2DTranspose)):
+            size, pixels = layer.kernel_size[0], side // max(before[0].shape[1], after[0].shape[1])
+            # an odd kernel looks to both sides alike, an even one to one side
+            radius = (size // 2 if size % 2 else size - 1) * pixels
+        farthest = radius + max((reach.get(id(tensor), 0) for tensor in before), default=0)
+        reach |= {id(tensor): farthest for tensor in after}
+    return max(reach.values())
 
 
 def denoise(model, noisy, batch_size=250):
@@ -797,7 +799,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
     step, whole = stride(autoencoder), autoencoder
     if posterior:
         encoder, decoder = posterior
-        whole = keras.Model(encoder.inputs, decode(decoder, split_codes(encoder.outputs)[0]))
+        whole = keras.Model(encoder.input, decode(decoder, split_codes(encoder.outputs)[0]))
     reach = -(-receptive_field(whole) // step) * step
     tile = tile or (SAMPLING_TILE if posterior else TILE)
     spans = list(itertools.product(*(tile_spans(side, tile, reach, step) for side in picture.shape[:2])))
@@ -828,6 +830,12 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
 def split_codes(outputs):
     """Means and log-variances of an encoder's outputs: [mean, log-variance] of one code after another."""
     return outputs[::2], outputs[1::2]
+
+
+def level_means(outputs):
+    """Means of the levels' z among an encoder's outputs; as many detail codes come after them."""
+    means, _ = split_codes(outputs)
+    return means[: max(1, len(means) // 2)]
 
 
 def decode(decoder, codes):
@@ -1115,14 +1123,15 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     return checkpoint.rows
 
 
-def rows_figure(rows, title="", cell=1.35):
+def rows_figure(rows, title="", cell=1.35, figure=None):
     """Draw rows of images, each with its label at the left and a caption under each image.
 
     Args:
         rows: List of (label, images, captions). Images are uint8 (N, H, W, 3), or float (N, H, W) for maps in
-            false colours from 0 to the row's largest value. Captions are N strings, or None.
+            false colours from 0 to the largest value of all maps. Captions are N strings, or None.
         title: Title of the figure.
         cell: Width of an image in inches.
+        figure: Part of a figure to draw into; by default a new figure.
 
     Returns:
         `matplotlib.figure.Figure`.
@@ -1130,7 +1139,8 @@ def rows_figure(rows, title="", cell=1.35):
     columns = max(len(images) for _, images, _ in rows)
     captioned = sum(captions is not None for _, _, captions in rows)
     height = cell * len(rows) + 0.2 * captioned + 0.3 * bool(title)
-    figure = Figure(figsize=(cell * columns + 0.3, height), layout="constrained")
+    figure = figure or Figure(figsize=(cell * columns + 0.3, height), layout="constrained")
+    highest = max((images.max() for _, images, _ in rows if images.ndim == 3), default=1)
     for line, (label, images, captions) in zip(
         figure.subplots(len(rows), columns, squeeze=False), rows, strict=True
     ):
@@ -1139,7 +1149,7 @@ def rows_figure(rows, title="", cell=1.35):
             if column >= len(images):
                 axis.set_axis_off()
                 continue
-            scale = {} if images.ndim == 4 else {"cmap": "magma", "vmin": 0, "vmax": images.max()}
+            scale = {} if images.ndim == 4 else {"cmap": "magma", "vmin": 0, "vmax": highest}
             axis.imshow(images[column], interpolation="nearest", **scale)
             if captions is not None:
                 axis.set_xlabel(captions[column], fontsize=8)
@@ -1148,8 +1158,8 @@ def rows_figure(rows, title="", cell=1.35):
     return figure
 
 
-def curves_figure(panels, title="", ticks=None):
-    """Draw curves in panels side by side, a label in one colour throughout, with the legend below them.
+def curves_figure(panels, title="", ticks=None, figure=None):
+    """Draw curves in panels, a label in one colour throughout, with the legend below them.
 
     Every second label is dashed and lies above the others, so that neighbours which coincide both show.
 
@@ -1157,17 +1167,19 @@ def curves_figure(panels, title="", ticks=None):
         panels: List of (x label, y label, {curve label: (x values, y values)}).
         title: Title of the figure.
         ticks: x values to mark; by default those of a panel's curves if they are few, else round ones.
+        figure: Part of a figure to draw into, one panel below another; by default a new figure.
 
     Returns:
         `matplotlib.figure.Figure`.
     """
     labels = list(dict.fromkeys(label for _, _, curves in panels for label in curves))
-    columns = min(len(labels), 3 * len(panels))
+    columns = 2 if figure else min(len(labels), 3 * len(panels))
     size = 4.6 * len(panels), 3.4 + 0.2 * math.ceil(len(labels) / columns)
-    figure = Figure(figsize=size, layout="constrained")
+    grid = (len(panels), 1) if figure else (1, len(panels))
+    figure = figure or Figure(figsize=size, layout="constrained")
     lines = {}
     for axis, (xlabel, ylabel, curves) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        figure.subplots(*grid, squeeze=False).flat, panels, strict=True
     ):
         for label, (x, y) in curves.items():
             index, marker = labels.index(label), "o" if len(x) < 40 else ""
@@ -1176,7 +1188,8 @@ def curves_figure(panels, title="", ticks=None):
         axis.set(xlabel=xlabel, ylabel=ylabel)
         values = sorted({value for x, _ in curves.values() for value in x})
         few = ticks or len(values) <= 8
-        axis.xaxis.set_major_locator(FixedLocator(ticks or values) if few else MaxNLocator(integer=True))
+        whole = all(float(value).is_integer() for value in values)
+        axis.xaxis.set_major_locator(FixedLocator(ticks or values) if few else MaxNLocator(integer=whole))
         axis.grid(alpha=0.3)
     figure.legend(
         [lines[label] for label in labels], labels, loc="outside lower center", ncols=columns, fontsize=8
@@ -1190,19 +1203,22 @@ def history_figure(rows, names, title=""):
 
     Args:
         rows: A dict for each epoch, as `Checkpoint` keeps them.
-        names: Metrics to draw, a panel each.
+        names: Metrics to draw, a panel each; one that no epoch has is left out.
         title: Title of the figure.
 
     Returns:
         `matplotlib.figure.Figure`.
     """
-    epochs = [row["epoch"] for row in rows]
     panels = []
     for name in names:
-        curves = {"training": name, "validation": f"val_{name}"}
-        panels.append(
-            ("epoch", name, {label: (epochs, [row[key] for row in rows]) for label, key in curves.items()})
-        )
+        measured = [row for row in rows if row.get(name) is not None]
+        if measured:
+            epochs, curves = (
+                [row["epoch"] for row in measured],
+                {"training": name, "validation": f"val_{name}"},
+            )
+            lines = {label: (epochs, [row[key] for row in measured]) for label, key in curves.items()}
+            panels.append(("epoch", name, lines))
     return curves_figure(panels, title)
 
 
@@ -1262,7 +1278,7 @@ def encode(encoder, images, pooling=0):
         float32 array (N, h, w, c).
     """
     height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
-    maps = split_codes(encoder.predict_on_batch(to_float(images[:, :height, :width])))[0][-1]
+    maps = level_means(encoder.predict_on_batch(to_float(images[:, :height, :width])))[-1]
     return pool(maps, pooling) if pooling else maps
 
 
@@ -1372,11 +1388,26 @@ def _read_feature_maps(path, origin, count):
 
 
 def write_csv(path, rows):
-    """Write a list of dicts with the same keys as CSV."""
+    """Write a list of dicts as CSV; a key that a row lacks leaves its cell empty."""
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path):
+    """Read what `write_csv` has written: a list of dicts, without empty cells; empty if there is no file."""
+
+    def parse(text):
+        try:
+            return float(text) if "." in text or "e" in text else int(text)
+        except ValueError:
+            return text
+
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{key: parse(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
 
 
 def format_table(rows):
