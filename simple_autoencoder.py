@@ -1089,7 +1089,7 @@ def denoise_pictures(args):
     folder = pairs[0][1].parent
     util.check_writable(folder, "choose another --to")
     parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
-    models = [util.load_model(args.out, args.name, part) for part in parts]
+    models = [util.load_model(args.out, args.name, part, args.precision) for part in parts]
     failed = 0
     for source, target in pairs:
         try:
@@ -1168,6 +1168,7 @@ def add_denoise_options(parser, kind):
         help="tell the error to expect from K draws of the code, and write it for each pixel beside the "
         f"picture, as NAME_deviation.png of brightness {DEVIATION_SCALE} for a grey level; 0: no draws",
     )
+    util.add_precision_option(parser)
     parser.add_argument("--force", action="store_true", help="replace pictures that are there already")
 
 

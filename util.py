@@ -87,16 +87,21 @@ def add_training_options(parser, epochs, batch_size):
     parser.add_argument(
         "--batch-size", type=number(int, 1), default=batch_size, help="images in a training step"
     )
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "mixed_bfloat16"),
-        default=fast_precision(),
-        help="arithmetic of training; the default here is what this machine is fastest at",
-    )
+    add_precision_option(parser)
     parser.add_argument(
         "--start", type=run_name, metavar="NAME", help="saved run to go on from, as in fine-tuning"
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+
+def add_precision_option(parser):
+    """Add the option that says which arithmetic a verb computes in."""
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "mixed_bfloat16"),
+        default=fast_precision(),
+        help="arithmetic; the default here is what this machine is fastest at",
+    )
 
 
 def add_saved_run_options(parser):
@@ -609,16 +614,17 @@ def saved_runs(out, part=None):
     return [name for name in names if not name.startswith(PARTS)]
 
 
-def load_model(out, run, part=None):
+def load_model(out, run, part=None, precision="float32"):
     """Load a saved model and verify it against the run record.
 
     Args:
         out: Folder that holds `models/`, `weights/` and `logs/`.
         run: Name of the run.
         part: One of PARTS; None where the run has one model (a classifier).
+        precision: Arithmetic of the model, `float32` or `mixed_bfloat16`.
 
     Returns:
-        `keras.Model`, float32, uncompiled.
+        `keras.Model`, uncompiled, with float32 outputs.
 
     Raises:
         ModelError: no such model, a file that differs from what the run wrote, or no readable model.
@@ -640,7 +646,8 @@ def load_model(out, run, part=None):
                 f"{path}: not the file that {run} wrote (SHA-256 differs); restore it or train again"
             )
     try:
-        model = keras.models.model_from_json(architecture.read_text(encoding="utf-8"))
+        config = json.loads(architecture.read_text(encoding="utf-8"))
+        model = keras.models.model_from_json(json.dumps(_in_precision(config, precision)))
     except Exception as error:  # Keras raises whatever its parsing stumbles over
         raise ModelError(f"{architecture}: not a Keras model ({first_line(error)}); restore it") from None
     if not isinstance(model, keras.Model):
@@ -652,6 +659,18 @@ def load_model(out, run, part=None):
             f"{weights}: not the weights of {architecture} ({first_line(error)}); restore it"
         ) from None
     return model
+
+
+def _in_precision(config, precision):
+    """Architecture whose layers compute in a precision; those that give outputs stay float32."""
+    parts = config["config"]
+    outputs = {item for item in keras.tree.flatten(parts["output_layers"]) if isinstance(item, str)}
+    for layer in parts["layers"]:
+        if "layers" in layer["config"]:
+            _in_precision(layer, precision)
+        elif layer["class_name"] != "InputLayer" and layer["config"]["name"] not in outputs:
+            layer["config"]["dtype"] = precision
+    return config
 
 
 def _model_name(run, part):
@@ -783,7 +802,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
 
     Args:
         autoencoder: Saved model.
-        picture: uint8 or uint16 array, (H, W, 3), or (H, W, 1) of a grey picture.
+        picture: uint8 or uint16 array, or float32 nominally in [0, 1]; (H, W, 3), or (H, W, 1) of a grey one.
         strength: From 0, the picture itself, to 1, all of the model's result.
         posterior: Saved encoder and decoder of the same run, to tell the error to expect.
         samples: Draws of the code that tell it.
@@ -793,7 +812,8 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         Array like `picture`; and the error to expect at each pixel, float16 (H, W) in grey levels of 0-255:
         the root of the mean square of what draws differ from the result. None without `posterior`.
     """
-    peak = np.float32(np.iinfo(picture.dtype).max)
+    whole_numbers = np.issubdtype(picture.dtype, np.integer)
+    peak = np.float32(np.iinfo(picture.dtype).max if whole_numbers else 1)
     result = np.empty_like(picture)
     errors = np.empty(picture.shape[:2], np.float16) if posterior else None
     step, whole = stride(autoencoder), autoencoder
@@ -805,26 +825,31 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
     spans = list(itertools.product(*(tile_spans(side, tile, reach, step) for side in picture.shape[:2])))
     advance = progress(len(spans), "tiles") if len(spans) > 1 else lambda: None
     for (window_rows, rows), (window_columns, columns) in spans:
-        before = picture[rows, columns] / peak
+        top, left = window_rows.start, window_columns.start
         window = picture[window_rows, window_columns]
         beyond = window_rows.stop - picture.shape[0], window_columns.stop - picture.shape[1]
         # the model wants whole cells: repeat the last row and column
         window = np.pad(window, [(0, max(0, pixels)) for pixels in beyond] + [(0, 0)], mode="edge")
         window = np.repeat(window[None] / peak, 3 // picture.shape[2], axis=3)
-        top, left = window_rows.start, window_columns.start
-
-        def inside(output, shape=before.shape, row=rows.start - top, column=columns.start - left):
-            part = np.asarray(output)[0, row : row + shape[0], column : column + shape[1]]
-            return np.clip(part if shape[2] == 3 else part.mean(axis=2, keepdims=True), 0, 1)
-
-        after = before + strength * (inside(autoencoder.predict_on_batch(window)) - before)
-        result[rows, columns] = np.round(peak * after)
+        inside = [
+            slice(span.start - start, span.stop - start) for span, start in ((rows, top), (columns, left))
+        ]
+        before = picture[rows, columns] / peak
+        denoised = _visible(autoencoder.predict_on_batch(window), inside, picture.shape[2])
+        after = before + strength * (denoised - before)
+        result[rows, columns] = np.round(peak * after) if whole_numbers else after
         if posterior:
             draws = draws_of_window(encoder, decoder, window, top, left, samples)
-            squares = sum(np.square(inside(draw) - after).mean(axis=2) for draw in draws)
-            errors[rows, columns] = 255 * np.sqrt(squares / samples)
+            squares = sum(np.square(_visible(draw, inside, picture.shape[2]) - after) for draw in draws)
+            errors[rows, columns] = 255 * np.sqrt(squares.mean(axis=2) / samples)
         advance()
     return result, errors
+
+
+def _visible(output, inside, channels):
+    """Part of a model's output (1, h, w, 3) within slices, clipped; one channel: the mean of its three."""
+    part = np.asarray(output)[0][*inside]
+    return np.clip(part if channels == 3 else part.mean(axis=2, keepdims=True), 0, 1)
 
 
 def split_codes(outputs):
