@@ -71,7 +71,7 @@ SHRINKING = (2, 4)  # training patches of photographs are cut from half and a qu
 FEWEST_HELD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
 MAX_JPEG_EXIF = 65_533  # bytes
 SAVE_OPTIONS = {"JPEG": {"quality": 95}, "AVIF": {"quality": 95}, "WEBP": {"lossless": True}}
-RESIZED_VERSION, PATCHES_VERSION = 1, 2  # of the caches
+RESIZED_VERSION, PATCHES_VERSION = 1, 3  # of the caches
 
 
 @dataclass
@@ -475,36 +475,45 @@ def _cut(picture, size, training, at_most, rng):
     return patches
 
 
-def split_pictures(count, rng):
-    """Splits of `count` photographs by index: a twentieth each for validation and test."""
-    share = -(-count // 20)
-    splits = ["train"] * count
-    for rank, index in enumerate(rng.permutation(count)[: 2 * share]):
-        splits[index] = "validation" if rank < share else "test"
+def split_pictures(labels):
+    """Splits of photographs by index, given their labels: of every class a twentieth each is held out.
+
+    A class is split alike whatever lies beside it, if all have FEWEST_HELD_OUT photographs or more; else all
+    photographs are split as one class.
+    """
+    labels = np.asarray(labels)
+    if np.unique(labels, return_counts=True)[1].min() < FEWEST_HELD_OUT:
+        labels = np.zeros_like(labels)
+    splits = np.full(len(labels), "train", object)
+    for label in np.unique(labels):
+        (members,) = np.nonzero(labels == label)
+        share = -(-len(members) // 20)
+        drawn = np.random.default_rng(SPLIT_SEED).permutation(members)
+        splits[drawn[:share]], splits[drawn[share : 2 * share]] = "validation", "test"
     return splits
 
 
-def _cut_and_split(pictures, count, size):
-    """Split `count` pictures among train, validation and test, then cut them.
+def _cut_and_split(pictures, labels_of, size):
+    """Split pictures among train, validation and test, then cut them.
 
     Of FEWEST_HELD_OUT and more, a twentieth each is kept for validation and test; of fewer, every picture
     is split into vertical bands instead.
 
     Args:
-        pictures: Iterable of (uint8 picture (H, W, 3), label).
-        count: How many there are.
+        pictures: Iterable of uint8 arrays (H, W, 3).
+        labels_of: Their labels.
         size: Side of a patch.
 
     Returns:
         Two dicts by split: patches uint8 (N, size, size, 3), labels int64 (N,).
     """
+    count, splits = len(labels_of), split_pictures(labels_of)
     rng = np.random.default_rng(SPLIT_SEED)
-    split_of = split_pictures(count, rng)
     patches = {split: [] for split in ("train", "validation", "test")}
     labels = {split: [] for split in patches}
-    for index, (picture, label) in enumerate(pictures):
+    for picture, label, split_of_picture in zip(pictures, labels_of, splits, strict=True):
         if count >= FEWEST_HELD_OUT:
-            regions = {split_of[index]: picture}
+            regions = {split_of_picture: picture}
         else:
             first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
             bands = np.split(picture, [first, second], axis=1)
@@ -522,11 +531,10 @@ def _cut_and_split(pictures, count, size):
 
 def _load_photos(size):
     photographs = load_sample_images()
-    pictures = list(zip(photographs.images, range(len(photographs.images)), strict=True))
-    images, labels = _cut_and_split(pictures, len(pictures), size)
+    images, labels = _cut_and_split(photographs.images, range(len(photographs.images)), size)
     checksums = {
-        Path(n).name: hashlib.md5(p).hexdigest()
-        for n, (p, _) in zip(photographs.filenames, pictures, strict=True)
+        Path(name).name: hashlib.md5(picture).hexdigest()
+        for name, picture in zip(photographs.filenames, photographs.images, strict=True)
     }
     return _nonempty(Data("photos", images, labels, PHOTOS_CLASSES, checksums), "photos", size)
 
@@ -563,6 +571,12 @@ def image_files(folder):
     return files
 
 
+def classes_of(files, folder):
+    """Class of each image file in a folder, by path: its subfolder; beside subfolders the data set's name."""
+    name = dataset_name(folder)
+    return {path: name if path.parent == folder else path.relative_to(folder).parts[0] for path in files}
+
+
 def _load_folder(folder, data_dir, size):
     """Patches of a user's own images, cached in `data_dir`.
 
@@ -575,7 +589,7 @@ def _load_folder(folder, data_dir, size):
     digest = hashlib.md5(repr(stats).encode()).hexdigest()
     name = dataset_name(folder)
     stem = f"{name}_{digest[:12]}_size{size}_v{PATCHES_VERSION}"
-    class_of = {path: name if path.parent == folder else path.relative_to(folder).parts[0] for path in files}
+    class_of = classes_of(files, folder)
     classes = tuple(sorted(set(class_of.values())))
     cache = {split: data_dir / "cache" / f"{stem}_{split}.npy" for split in ("train", "validation", "test")}
     cached_labels = {split: path.with_name(f"{path.stem}_labels.npy") for split, path in cache.items()}
@@ -584,8 +598,8 @@ def _load_folder(folder, data_dir, size):
             f"Cutting {len(files):,} images of {folder} into {size}x{size} patches in {data_dir / 'cache'}",
             flush=True,
         )
-        pictures = _readable_pictures(files, [classes.index(class_of[path]) for path in files])
-        images, labels = _cut_and_split(pictures, len(files), size)
+        labels = [classes.index(class_of[path]) for path in files]
+        images, labels = _cut_and_split(map(_readable_picture, files), labels, size)
         for split in images:
             for array, path in ((labels[split], cached_labels[split]), (images[split], cache[split])):
                 with atomic(path) as temporary, open(temporary, "wb") as file:
@@ -598,14 +612,13 @@ def _load_folder(folder, data_dir, size):
     return _nonempty(Data(name, images, labels, classes, {"listing": digest}), folder, size)
 
 
-def _readable_pictures(files, labels):
-    """Yield (picture, label); an unreadable file is named and yields an empty picture."""
-    for path, label in zip(files, labels, strict=True):
-        try:
-            yield read_picture(path), label
-        except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-            print(f"{path}: left out, not a readable image ({first_line(error)})", flush=True)
-            yield np.empty((0, 0, 3), np.uint8), label
+def _readable_picture(path):
+    """The picture in a file; an unreadable file is named and gives an empty picture."""
+    try:
+        return read_picture(path)
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        print(f"{path}: left out, not a readable image ({first_line(error)})", flush=True)
+        return np.empty((0, 0, 3), np.uint8)
 
 
 def add_noise(images, sigma, rng=None):

@@ -24,9 +24,9 @@ import util
 from load_data import (
     BUILT_IN,
     FEWEST_HELD_OUT,
-    SPLIT_SEED,
     DataError,
     add_data_options,
+    classes_of,
     dataset_name,
     image_files,
     load_data,
@@ -178,7 +178,7 @@ def held_out_pictures(folder):
         raise DataError(
             f"{folder}: its {len(files)} images are all trained on in part; add some, or take others"
         )
-    splits = split_pictures(len(files), np.random.default_rng(SPLIT_SEED))
+    splits = split_pictures(list(classes_of(files, Path(folder)).values()))
     return [read_picture(path) for path, split in zip(files, splits, strict=True) if split == "test"]
 
 

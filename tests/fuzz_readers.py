@@ -221,7 +221,7 @@ def picture_seeds(rng):
     """Pictures, read as those of a folder are: what cannot be read is left out."""
 
     def read(path):
-        ((picture, _),) = load_data._readable_pictures([path], (0,))
+        picture = load_data._readable_picture(path)
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise AssertionError(f"read as {picture.dtype} {picture.shape}")
         if not picture.size:
