@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import io
 import itertools
+import math
 import mmap
 import pickle
 import zlib
@@ -40,6 +41,7 @@ import imageio.v3 as iio
 import keras
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
+from scipy.ndimage import convolve
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
@@ -72,6 +74,26 @@ FEWEST_HELD_OUT = 10  # with fewer photographs none is held out whole: each is d
 MAX_JPEG_EXIF = 65_533  # bytes
 SAVE_OPTIONS = {"JPEG": {"quality": 95}, "AVIF": {"quality": 95}, "WEBP": {"lossless": True}}
 RESIZED_VERSION, PATCHES_VERSION = 1, 3  # of the caches
+
+# kinds of noise
+JPEG_QUALITY, JPEG_QUALITIES = 90, (60, 100)  # of the protocol, of training
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
+CORRELATED_RADII = (0.4, 2)  # of Gaussian filters, in pixels
+CAMERA_SIGMA = (3, 25)  # of training: 2 to 15 grey levels are left
+
+# simulated cameras: with these ranges their noise resembles that of pairs of real photographs
+MID_GREY, MID_GREY_SLOPE = 0.214, 1.08  # linear light of sRGB's 1/2, and the slope of sRGB there
+COLOUR_MATRIX = (0.2, 0.8)  # that it raises the saturation by
+SMOOTHED_LUMA, SMOOTHED_COLOUR, SHARPENING_RADIUS = (0.4, 1.2), (1.5, 4), 1  # pixels
+EDGE = 3  # grey levels from pixel to pixel
+TONE_CURVE_SHARE, SHARPENED_SHARE, JPEG_SHARE = 0.7, 0.3, 0.7
+# at red or blue: green; beside red or blue in its row, beside it in its column, diagonal to it: that colour
+DEMOSAICING = (
+    [[0, 0, -2, 0, 0], [0, 0, 4, 0, 0], [-2, 4, 8, 4, -2], [0, 0, 4, 0, 0], [0, 0, -2, 0, 0]],
+    [[0, 0, 1, 0, 0], [0, -2, 0, -2, 0], [-2, 8, 10, 8, -2], [0, -2, 0, -2, 0], [0, 0, 1, 0, 0]],
+    [[0, 0, -2, 0, 0], [0, -2, 8, -2, 0], [1, 0, 10, 0, 1], [0, -2, 8, -2, 0], [0, 0, -2, 0, 0]],
+    [[0, 0, -3, 0, 0], [0, 4, 0, 4, 0], [-3, 0, 12, 0, -3], [0, 4, 0, 4, 0], [0, 0, -3, 0, 0]],
+)  # sixteenths
 
 
 @dataclass
@@ -297,8 +319,12 @@ def _open_cache(cache, shape, dtype=np.uint8):
     return array
 
 
-def read_picture(path):
+def read_picture(path, as_grey=False):
     """Read an image file of any kind as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
+
+    Args:
+        path: Of the file.
+        as_grey: Leave a grey picture grey, (H, W, 1).
 
     Raises:
         OSError: not an image that `read_pixels` reads.
@@ -306,7 +332,7 @@ def read_picture(path):
     pixels, _, _ = read_pixels(path)
     if pixels.dtype == np.uint16:
         pixels = (pixels // 257).astype(np.uint8)
-    return np.repeat(pixels, 3 // pixels.shape[2], axis=2)
+    return pixels if as_grey else np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
 def read_pixels(path):
@@ -621,15 +647,18 @@ def _readable_picture(path):
         return np.empty((0, 0, 3), np.uint8)
 
 
-def add_noise(images, sigma, rng=None):
-    """Add white Gaussian noise (AWGN), not clipped.
+def add_noise(images, sigma, rng=None, kind="white"):
+    """Add noise of some kind; all but `jpeg` and `camera`, which end as 8 bits, are not clipped.
 
     Args:
         images: uint8 array (N, H, W, 3).
-        sigma: Standard deviation on the 0-255 scale, one number or one for each image.
+        sigma: Strength on the 0-255 scale, one number or one for each image; of white noise, its standard
+            deviation. What it is of other kinds, their functions tell.
         rng: `numpy.random.Generator`; by default a new one with the test noise's seed, which makes the
             noisy test images of the protocol. Several calls with one generator, piece by piece, draw the same
-            noise as one call for the whole.
+            white noise as one call for the whole.
+        kind: One of NOISE_KINDS. Grey noise turns the images to grey: compare with `clean_of(images, kind)`.
+            JPEG has the protocol's quality.
 
     Returns:
         float32 array (N, H, W, 3), nominally in [0, 1].
@@ -641,7 +670,269 @@ def add_noise(images, sigma, rng=None):
     if sigma.min(initial=0) < 0:
         raise ValueError(f"sigma must not be negative, but is {sigma.min()}")
     rng = rng or np.random.default_rng(TEST_NOISE_SEED)
-    return (images / 255 + rng.standard_normal(images.shape) * (sigma / 255)).astype(np.float32)
+    sigma = np.broadcast_to(sigma, (len(images), 1, 1, 1))
+    fixed = {"quality": JPEG_QUALITY} if kind == "jpeg" else {}
+    return NOISE_KINDS[kind](clean_of(images, kind) / 255, sigma, rng, **fixed).astype(np.float32)
+
+
+def clean_of(images, kind):
+    """What images uint8 (N, H, W, 3) with noise of some kind are to be denoised to: themselves, or grey."""
+    if kind != "grey":
+        return images
+    return np.broadcast_to(images.mean(axis=-1, keepdims=True).round().astype(np.uint8), images.shape)
+
+
+# Kinds of noise: functions of clean images x, floats (N, H, W, 3) in [0, 1], of their sigma (N, 1, 1, 1) on
+# the 0-255 scale and of a Generator, to noisy images y. In formulas s is sigma / 255, n standard normal.
+
+
+def white(images, sigma, rng):
+    """y = x + s n: additive white Gaussian noise."""
+    return images + rng.standard_normal(images.shape) * (sigma / 255)
+
+
+def grey(images, sigma, rng):
+    """y = x + s n, one n for all channels, as in a grey picture; `clean_of` makes x grey."""
+    return images + rng.standard_normal((*images.shape[:3], 1)) * (sigma / 255)
+
+
+def jpeg(images, sigma, rng, quality=None):
+    """White noise in a JPEG file: clipped, rounded and coded; sigma is that of the white noise.
+
+    Args:
+        quality: JPEG quality of all files, with colours at half the resolution (4:2:0); by default one of
+            JPEG_QUALITIES is drawn for each, and 4:4:4 or 4:2:0.
+    """
+    noisy = to_uint8(white(images, sigma, rng))
+    if quality:
+        return to_float(through_jpeg(noisy, [quality] * len(noisy), [2] * len(noisy)))
+    return to_float(through_jpeg(noisy, *draw_jpeg(len(noisy), rng)))
+
+
+def draw_jpeg(count, rng):
+    """Quality and Pillow's subsampling (0: 4:4:4, 2: 4:2:0) of JPEG files."""
+    return rng.integers(*JPEG_QUALITIES, count, endpoint=True), 2 * rng.integers(2, size=count)
+
+
+def through_jpeg(images, qualities, subsamplings):
+    """Images uint8 (N, H, W, 3) as they come out of JPEG files."""
+    decoded = np.empty_like(images)
+    for index, (quality, subsampling) in enumerate(zip(qualities, subsamplings, strict=True)):
+        file = io.BytesIO()
+        Image.fromarray(images[index]).save(file, "JPEG", quality=int(quality), subsampling=int(subsampling))
+        decoded[index] = Image.open(file)
+    return decoded
+
+
+def correlated(images, sigma, rng):
+    """y = x + s (sqrt(c) a + sqrt(1 - c) b): a alike in all channels, b of each channel's own.
+
+    a and b are white Gaussian noise after Gaussian filters of two radii, scaled to variance 1. c, from 0 to
+    1, and the radii, in CORRELATED_RADII, are drawn for each image. y - x has deviation s everywhere.
+    """
+    shape = (len(images), 1, 1, 1)
+    common, own = (
+        low_pass(standard_normal(rng, (*images.shape[:3], channels)), radius, keep_variance=True)
+        for channels, radius in zip((1, 3), rng.uniform(*CORRELATED_RADII, (2, *shape)), strict=True)
+    )
+    share = rng.random(shape)
+    return images + (np.sqrt(share) * common + np.sqrt(1 - share) * own) * (sigma / 255)
+
+
+def poisson(images, sigma, rng):
+    """y = Poisson(k x) / k, shot noise of k counts at white: variance x / k; k makes it s^2 at x = 1/2."""
+    counts = 0.5 / np.square(np.maximum(sigma / 255, 1e-6))
+    return rng.poisson(images * counts) / counts
+
+
+def speckle(images, sigma, rng):
+    """y = x + 2 s x n: multiplicative noise, whose deviation is s at x = 1/2."""
+    return images + images * standard_normal(rng, images.shape) * (2 * sigma / 255)
+
+
+def varying(images, sigma, rng):
+    """y = x + s m n: m, of mean square 1, varies over the picture, as in FFDNet's spatially variant noise.
+
+    m is drawn at 4x4 points from 0.1 to 1 and interpolated linearly (Zhang, Zuo, Zhang, "FFDNet: Toward a
+    Fast and Flexible Solution for CNN-Based Image Denoising", 2018).
+    """
+    rows, columns = (np.linspace(0, 3, side)[:, None] - np.arange(4) for side in images.shape[1:3])
+    tents = (np.maximum(0, 1 - np.abs(distance)) for distance in (rows, columns))
+    level = np.einsum("hi,wj,nij->nhw", *tents, rng.uniform(0.1, 1, (len(images), 4, 4)))[..., None]
+    level /= np.sqrt(np.square(level).mean(axis=(1, 2), keepdims=True))
+    return images + level * standard_normal(rng, images.shape) * (sigma / 255)
+
+
+def impulse(images, sigma, rng):
+    """Salt and pepper: y is 0 or 1, evenly, for a share p of the values, else x.
+
+    p is what brings a root mean square error of s in each image: s^2 over the mean of (x^2 + (1 - x)^2) / 2.
+    """
+    cost = (np.square(images) + np.square(1 - images)).mean(axis=(1, 2, 3), keepdims=True) / 2
+    share = np.square(sigma / 255) / cost
+    drawn = rng.random(images.shape, np.float32)
+    return np.where(drawn < share / 2, 0, np.where(drawn < share, 1, images))
+
+
+def uniform(images, sigma, rng):
+    """y = x + s u: u uniform from -sqrt(3) to sqrt(3), of variance 1, as rounding to few levels adds."""
+    return images + rng.uniform(-math.sqrt(3), math.sqrt(3), images.shape) * (sigma / 255)
+
+
+def camera(images, sigma, rng):
+    """Noise of photographs as cameras write them, by a simulated camera.
+
+    To linear light and the sensor's values v, Bayer mosaic, shot and read noise of variance a v + b,
+    demosaicing, white balance, colour matrix, gamma, tone curve; smoothing, sharpening and JPEG, each in some
+    cameras; 8 bits. Brooks et al., "Unprocessing Images for Learned Raw Denoising", CVPR 2019; Guo et al.,
+    "Toward Convolutional Blind Denoising of Real Photographs" (CBDNet), CVPR 2019; Zhang et al., "Practical
+    Blind Image Denoising via Swin-Conv-UNet and Data Synthesis" (SCUNet), 2023.
+
+    The mean of many photographs is to be the picture, and without noise y is x: a denoiser is not to undo
+    what cameras do to pictures. So linear steps are done to the noise n alone, and a step f that is not
+    linear, the curves and JPEG, makes (f(x + n) - f(x - n)) / 2 of it.
+
+    sigma is the deviation that green has on the sensor at mid-grey, told in grey levels of sRGB. Of y - x it
+    is about half to once that, less in blacks and whites.
+    """
+    return developed(images, sensor_noise(images, sigma, rng), rng)
+
+
+def sensor_noise(images, sigma, rng):
+    """Noise of a simulated camera in its demosaiced pictures, (N, H, W, 3) in sRGB."""
+    images, sigma = images.astype(np.float32), sigma.astype(np.float32)
+
+    def draw(low, high, channels=1):
+        return rng.uniform(low, high, (len(images), 1, 1, channels)).astype(np.float32)
+
+    curved = draw(0, 1) < TONE_CURVE_SHARE
+    linear, slope = to_linear(images, curved), MID_GREY_SLOPE * np.where(curved, np.float32(1.5), 1)
+    # shot and read noise a and b in the proportion of real cameras, and together as strong as sigma says
+    variance = np.square(sigma / 255 / slope)
+    shot = np.maximum(variance, 1e-12) / MID_GREY
+    read = np.exp(2.18 * np.log(shot) + 1.2 + 0.26 * standard_normal(rng, shot.shape))  # Brooks et al.
+    shot, read = (part * variance / (shot * MID_GREY + read) for part in (shot, read))
+    gains = draw((1.9, 1, 1.5), (2.4, 1, 1.9), 3)  # of the white balance (Brooks et al.)
+    excess = draw(*COLOUR_MATRIX)
+    values = (linear + excess * linear.mean(axis=-1, keepdims=True)) / (1 + excess) / gains
+
+    bayer = bayer_colours(images.shape[:3], rng)
+    value, gain = (
+        np.take_along_axis(of_colours, bayer[..., None], axis=-1)
+        for of_colours in (values, np.broadcast_to(gains, values.shape))
+    )
+    noise = gain * np.sqrt(shot * value + read) * standard_normal(rng, value.shape)
+    noise = demosaic(noise[..., 0], bayer)
+    noise = (1 + excess) * noise - excess * noise.mean(axis=-1, keepdims=True)
+    return (to_srgb(linear + noise, curved) - to_srgb(linear - noise, curved)) / 2
+
+
+def developed(images, noise, rng):
+    """Images with what the smoothing, sharpening and JPEG of a camera leave of their noise, in 8 bits."""
+
+    def draw(low, high, share=1.0):
+        drawn = rng.uniform(low, high, (len(images), 1, 1, 1)).astype(np.float32)
+        return drawn * (rng.random(drawn.shape) < share)
+
+    to_luma = np.array(LUMA, np.float32)[:, None]
+    rough = noise @ to_luma
+    colour = low_pass(noise - rough, draw(*SMOOTHED_COLOUR))
+    luma = low_pass(rough, draw(*SMOOTHED_LUMA))
+    steps = sum(map(np.square, np.gradient(255 * (images @ to_luma), axis=(1, 2))))
+    luma += draw(0, 1) * steps / (steps + EDGE**2) * (rough - luma)  # cameras smooth edges less
+    luma += draw(0, 1, SHARPENED_SHARE) * (luma - low_pass(luma, SHARPENING_RADIUS))
+    noise = luma + colour
+    files = rng.random(len(images)) < JPEG_SHARE
+    options = draw_jpeg(files.sum(), rng)
+    with_noise, against = (
+        to_float(through_jpeg(to_uint8(images[files] + part), *options))
+        for part in (noise[files], -noise[files])
+    )
+    noise[files] = (with_noise - against) / 2
+    return to_float(to_uint8(images + noise))
+
+
+def to_linear(images, curved):
+    """sRGB in [0, 1] to linear light (IEC 61966-2-1), where `curved` from before a smoothstep tone curve."""
+    images = np.where(curved, 0.5 - np.sin(np.arcsin(1 - 2 * images) / 3), images)
+    return np.where(images <= 0.04045, images / 12.92, ((images + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(linear, curved):
+    """Inverse of `to_linear`; clips to [0, 1]."""
+    linear = np.clip(linear, 0, 1)
+    images = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.where(curved, images**2 * (3 - 2 * images), images)
+
+
+def bayer_colours(shape, rng):
+    """Colour (0 red, 1 green, 2 blue) of each pixel of Bayer mosaics (N, H, W), each of random phase."""
+    top, left = rng.integers(2, size=(2, shape[0], 1, 1))
+    return (top + np.arange(shape[1])[:, None]) % 2 + (left + np.arange(shape[2])) % 2
+
+
+def demosaic(mosaic, bayer):
+    """Colours (N, H, W, 3) of Bayer mosaics (N, H, W) by linear filters.
+
+    Malvar, He, Cutler, "High-Quality Linear Interpolation for Demosaicing of Bayer-Patterned Color Images",
+    ICASSP 2004.
+    """
+    kernels = np.array(DEMOSAICING)[:, None] / 16
+    cross, along, across, diagonal = (convolve(mosaic, kernel, mode="mirror") for kernel in kernels)
+    red_row = (bayer[..., :2] == 0).any(axis=-1, keepdims=True)
+    red = np.where(bayer == 0, mosaic, np.where(bayer == 2, diagonal, np.where(red_row, along, across)))
+    blue = np.where(bayer == 2, mosaic, np.where(bayer == 0, diagonal, np.where(red_row, across, along)))
+    return np.stack([red, np.where(bayer == 1, mosaic, cross), blue], axis=-1)
+
+
+def low_pass(images, radius, keep_variance=False):
+    """Filter images (N, H, W, C) with Gaussians of deviation `radius` (N, 1, 1, 1) in pixels, cyclically.
+
+    With `keep_variance`, white noise has the same variance afterwards.
+    """
+    spectrum = np.fft.rfft2(images, axes=(1, 2))
+    for axis in (1, 2):
+        frequency = np.fft.fftfreq(images.shape[axis]).reshape([-1 if n == axis else 1 for n in range(4)])
+        gain = np.exp(-2 * np.square(np.pi * radius * frequency))
+        if keep_variance:
+            gain /= np.sqrt(np.square(gain).mean(axis=axis, keepdims=True))
+        spectrum *= gain[:, :, : spectrum.shape[2]]
+    return np.fft.irfft2(spectrum, s=images.shape[1:3], axes=(1, 2))
+
+
+def standard_normal(rng, shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+KINDS = (white, grey, jpeg, camera, correlated, poisson, speckle, varying, impulse, uniform)
+NOISE_KINDS = {function.__name__: function for function in KINDS}
+
+
+def parse_noise(text):
+    """Value of --noise, KIND or KIND=SHARE, as (kind, share or None)."""
+    kind, equals, share = text.partition("=")
+    if kind not in NOISE_KINDS:
+        raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(NOISE_KINDS)}")
+    try:
+        return kind, number(float, 0, 1)(share) if equals else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: {share!r} is not a number") from None
+
+
+class NoiseShares(argparse.Action):
+    """Collects what `parse_noise` returns into a dict of shares by kind; without shares all are equal."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        shares = dict(values)
+        if len(shares) < len(values):
+            raise argparse.ArgumentError(self, "a kind is named twice")
+        if None in shares.values():
+            if any(share is not None for share in shares.values()):
+                raise argparse.ArgumentError(self, "give a share for every kind, or for none")
+            shares = dict.fromkeys(shares, 1 / len(shares))
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            raise argparse.ArgumentError(self, f"the shares add up to {sum(shares.values()):g}, not to 1")
+        setattr(namespace, self.dest, shares)
 
 
 def fit_pca(images, energy=0.95):
@@ -662,7 +953,11 @@ def fit_pca(images, energy=0.95):
 
 
 class Batches(keras.utils.PyDataset):
-    """Feed `fit` with clean images, in a new order every epoch (`go_to`), half of them mirrored.
+    """Feed `fit` with images and their noise, in a new order every epoch (`go_to`), half of them mirrored.
+
+    A batch is ((images, sigma), clean), float32. White noise is left to the training graph: its images are
+    clean, and sigma (N, 1, 1, 1) is its standard deviation on the scale of the images, [0, 1]. Other noise is
+    in the images, and sigma is 0.
 
     What is drawn depends on seed, epoch and position alone, so that a resumed training sees what an
     uninterrupted one would have seen. Images may be memory-mapped and larger than memory.
@@ -670,14 +965,16 @@ class Batches(keras.utils.PyDataset):
     Args:
         images: uint8 array (N, H, W, 3).
         batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
-        seed: Of order, mirroring and greying.
-        grey: Share of the images that are fed without colour.
+        seed: Of order, mirroring and noise.
+        noise: Kinds of noise and their shares of the images, pairs or a dict.
+        sigma: Lowest and highest strength of noise on the 0-255 scale; drawn evenly, that of camera noise
+            on a logarithmic scale and within CAMERA_SIGMA.
     """
 
-    def __init__(self, images, batch_size, seed=0, grey=0.0):
+    def __init__(self, images, batch_size, seed=0, noise=(("white", 1.0),), sigma=(0, 75)):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
-        self.grey = grey
+        self.noise, self.sigma = dict(noise), sigma
         self._mapped = _memory_map(images)
         self.go_to(0)
 
@@ -694,10 +991,24 @@ class Batches(keras.utils.PyDataset):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         mirrored = rng.random(len(batch)) < 0.5
         batch[mirrored] = batch[mirrored, :, ::-1]
-        greyed = rng.random(len(batch)) < self.grey
-        batch[greyed] = batch[greyed].mean(axis=-1, keepdims=True).round()
+        shares = np.array(list(self.noise.values()))
+        kinds = rng.choice(list(self.noise), len(batch), p=shares / shares.sum())
+        at = rng.random((len(batch), 1, 1, 1))  # in the range of strengths
+        sigma = self.sigma[0] + at * (self.sigma[1] - self.sigma[0])
+        batch[kinds == "grey"] = clean_of(batch[kinds == "grey"], "grey")
         clean = to_float(batch)
-        return clean, clean
+        noisy = clean.copy()
+        for kind in self.noise:
+            chosen = kinds == kind
+            if kind == "white" or not chosen.any():
+                continue
+            strength = sigma[chosen]
+            if kind == "camera":
+                low, high = np.clip(self.sigma, *CAMERA_SIGMA)
+                strength = low * (high / low) ** at[chosen]
+            noisy[chosen] = NOISE_KINDS[kind](clean[chosen], strength, rng)
+            sigma[chosen] = 0
+        return (noisy, (sigma / 255).astype(np.float32)), clean
 
     def take(self, index):
         """Indices of the images of a batch, and a copy of these images."""

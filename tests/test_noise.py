@@ -1,0 +1,357 @@
+"""Kinds of noise: their statistics against their definitions, seeds, and how `Batches` shares them out."""
+
+import argparse
+import io
+
+import load_data
+from load_data import CAMERA_SIGMA, NOISE_KINDS, Batches, NoiseShares, add_noise, clean_of, parse_noise
+from util import psnr, to_float, to_uint8
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.stats import kurtosis
+
+MID_GREY = 128
+
+
+def flat(value=MID_GREY, count=4, side=96):
+    return np.full((count, side, side, 3), value, np.uint8)
+
+
+def scene(count=4, side=64, seed=0):
+    """Smooth coloured images of all brightnesses."""
+    pixels = np.random.default_rng(seed).standard_normal((count, side, side, 3))
+    smooth = gaussian_filter(pixels, (0, 6, 6, 0.5))
+    low, high = smooth.min(axis=(1, 2, 3), keepdims=True), smooth.max(axis=(1, 2, 3), keepdims=True)
+    return to_uint8((smooth - low) / (high - low))
+
+
+def residual(clean, kind, sigma=25, seed=0):
+    """What noise changes, on the 0-255 scale."""
+    noisy = add_noise(clean, sigma, np.random.default_rng(seed), kind)
+    return noisy.astype(np.float64) * 255 - clean_of(clean, kind)
+
+
+def neighbours(noise):
+    """Correlation of horizontal neighbours."""
+    return np.corrcoef(noise[:, :, 1:].ravel(), noise[:, :, :-1].ravel())[0, 1]
+
+
+def channels(noise):
+    return np.corrcoef(noise.reshape(-1, 3).T)[np.triu_indices(3, 1)]
+
+
+def test_kinds_are_those_of_the_contract_and_defined():
+    contract = {"white", "grey", "jpeg", "camera", "correlated", "poisson", "speckle", "varying", "impulse"}
+    assert set(NOISE_KINDS) == contract | {"uniform"}
+    assert all(function.__doc__ for function in NOISE_KINDS.values())
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_noise_is_float32_repeatable_and_its_seed_matters(kind):
+    clean = scene(3, 32)
+    noisy = add_noise(clean, 20, np.random.default_rng(1), kind)
+    assert noisy.dtype == np.float32
+    assert noisy.shape == clean.shape
+    np.testing.assert_array_equal(noisy, add_noise(clean, 20, np.random.default_rng(1), kind))
+    assert (noisy != add_noise(clean, 20, np.random.default_rng(2), kind)).any()
+    np.testing.assert_array_equal(
+        add_noise(clean, 20, kind=kind), add_noise(clean, 20, np.random.default_rng(0), kind)
+    )
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_sigma_of_each_image_counts_and_zero_is_the_picture(kind):
+    clean = flat(100, 3, 32)
+    noise = residual(clean, kind, [0, 5, 40])
+    assert np.abs(noise[0]).max() <= (1.5 if kind == "jpeg" else 1e-2)
+    assert 2 < noise[1].std() < 8 and 15 < noise[2].std() < 50
+
+
+@pytest.mark.parametrize("kind", ["white", "grey", "correlated", "poisson", "speckle", "varying", "uniform"])
+def test_deviation_at_mid_grey_is_sigma_and_the_mean_is_zero(kind):
+    noise = residual(flat(count=16), kind)
+    assert noise.std() == pytest.approx(25, rel=0.03)
+    assert abs(noise.mean()) < 1
+
+
+@pytest.mark.parametrize("kind", ["white", "poisson", "speckle", "varying", "uniform", "impulse"])
+def test_these_kinds_have_independent_pixels_and_channels(kind):
+    noise = residual(flat(), kind)
+    assert abs(neighbours(noise)) < 0.02
+    assert np.abs(channels(noise)).max() < 0.02
+
+
+def test_white_noise_is_that_of_the_protocol_to_the_last_bit():
+    clean = scene(2, 16)
+    expected = clean / 255 + np.random.default_rng(0).normal(0, 1, clean.shape) * (25 / 255)
+    np.testing.assert_array_equal(add_noise(clean, 25), expected.astype(np.float32))
+    rng = np.random.default_rng(0)
+    pieces = [add_noise(part, 25, rng, "white") for part in (clean[:1], clean[1:])]
+    np.testing.assert_array_equal(np.concatenate(pieces), expected.astype(np.float32))
+
+
+def test_grey_noise_turns_the_picture_grey_and_is_alike_in_all_channels():
+    clean = scene()
+    target = clean_of(clean, "grey")
+    assert target.dtype == np.uint8
+    np.testing.assert_array_equal(target, clean.mean(axis=-1, keepdims=True).round().repeat(3, axis=-1))
+    noisy = add_noise(clean, 25, kind="grey")
+    np.testing.assert_array_equal(noisy, noisy[..., :1].repeat(3, axis=-1))
+    assert (noisy[..., 0] - to_float(target)[..., 0]).std() * 255 == pytest.approx(25, rel=0.03)
+    assert clean_of(clean, "white") is clean
+
+
+def test_jpeg_noise_of_the_protocol_is_what_pillow_makes_of_white_noise():
+    clean = scene()
+    rounded = np.round(np.clip(add_noise(clean, 25), 0, 1) * 255).astype(np.uint8)
+    for noisy, image in zip(add_noise(clean, 25, kind="jpeg"), rounded, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=90)  # 4:2:0 is Pillow's default
+        np.testing.assert_array_equal(to_uint8(noisy), np.asarray(Image.open(file)))
+
+
+def test_training_draws_jpeg_quality_and_sampling():
+    qualities, subsamplings = load_data.draw_jpeg(2000, np.random.default_rng(0))
+    assert set(qualities) == set(range(60, 101))
+    assert set(subsamplings) == {0, 2}
+    assert (subsamplings == 0).mean() == pytest.approx(0.5, abs=0.05)
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    image = image.repeat(3, axis=0)
+    better, worse, colourless = (
+        load_data.through_jpeg(image, [100, 60, 100], [0, 0, 2]).astype(int) - image[0]
+    )
+    assert better.std() < worse.std() and better.std() < colourless.std()
+
+
+def test_correlated_noise_differs_in_grain_and_colour_but_not_in_strength():
+    noise = residual(flat(count=40), "correlated")
+    grain = [neighbours(image[None]) for image in noise]
+    colour = [channels(image).mean() for image in noise]
+    # the correlation after a Gaussian filter of radius r is exp(-1 / (4 r^2)): 0.2 at 0.4, 0.94 at 2 pixels
+    assert 0.15 < min(grain) < 0.5 and 0.85 < max(grain) < 0.97
+    assert min(colour) < 0.3 and max(colour) > 0.7
+    assert noise.std(axis=(1, 2, 3)) == pytest.approx(25, rel=0.15)
+
+
+@pytest.mark.parametrize("radius", [0.5, 1.0, 2.0])
+def test_low_pass_is_a_gaussian_filter(radius):
+    noise = np.random.default_rng(0).standard_normal((1, 64, 48, 2), np.float32)
+    expected = gaussian_filter(noise, (0, 1, 1, 0), mode="wrap")
+    np.testing.assert_allclose(load_data.low_pass(noise, 1.0), expected, atol=1e-2)
+    kept = load_data.low_pass(noise, np.full((1, 1, 1, 1), radius), keep_variance=True)
+    assert neighbours(kept) == pytest.approx(np.exp(-1 / (4 * radius**2)), abs=0.08)
+
+
+@pytest.mark.parametrize("kind, power", [("poisson", 0.5), ("speckle", 1.0), ("white", 0.0)])
+def test_deviation_rises_with_brightness_by_its_law(kind, power):
+    dark, bright = (residual(flat(value), kind).std() for value in (50, 200))
+    assert bright / dark == pytest.approx(4**power, rel=0.03)
+
+
+def test_poisson_noise_counts():
+    sigma = 25
+    counts = add_noise(flat(90), sigma, kind="poisson") * (0.5 / (sigma / 255) ** 2)
+    np.testing.assert_allclose(counts, counts.round(), atol=1e-3)
+    assert counts.var() == pytest.approx(counts.mean(), rel=0.03)
+
+
+def test_varying_noise_is_stronger_in_some_places_and_sigma_on_average():
+    noise = residual(flat(count=8, side=128), "varying")
+    assert np.sqrt(np.square(noise).mean(axis=(1, 2, 3))) == pytest.approx(25, rel=0.03)
+    blocks = noise.reshape(8, 8, 16, 8, 16, 3).std(axis=(2, 4, 5))
+    assert (blocks.max(axis=(1, 2)) / blocks.min(axis=(1, 2))).min() > 1.6
+    assert np.abs(np.log(blocks[:, 1:] / blocks[:, :-1])).max() < 1.2  # and does so smoothly
+
+
+def test_impulses_are_black_or_white_and_bring_an_error_of_sigma():
+    clean = scene(8)
+    noisy = add_noise(clean, 25, kind="impulse")
+    hit = noisy != to_float(clean)
+    assert set(np.unique(noisy[hit])) == {0, 1}
+    assert noisy[hit].mean() == pytest.approx(0.5, abs=0.05)
+    assert 0.01 < hit.mean() < 0.05
+    assert np.sqrt(np.square(residual(clean, "impulse")).mean()) == pytest.approx(25, rel=0.05)
+
+
+def test_uniform_noise_has_the_kurtosis_of_its_distribution():
+    noise = residual(flat(), "uniform")
+    assert kurtosis(noise.ravel()) == pytest.approx(-1.2, abs=0.02)
+    assert np.abs(noise).max() <= 25 * np.sqrt(3) + 1e-3
+    assert kurtosis(residual(flat(), "white").ravel()) == pytest.approx(0, abs=0.05)
+
+
+def test_camera_without_noise_gives_the_picture():
+    clean = np.concatenate([scene(8), np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)])
+    assert psnr(clean, to_uint8(add_noise(clean, 0, kind="camera"))).min() > 60
+    for curved in (np.bool_(False), np.bool_(True)):
+        values = np.linspace(0, 1, 256, dtype=np.float32)
+        linear = load_data.to_linear(values, curved)
+        assert linear[0] == pytest.approx(0, abs=1e-6) and linear[-1] == pytest.approx(1)
+        np.testing.assert_allclose(load_data.to_srgb(linear, curved), values, atol=1e-4)
+    assert load_data.to_linear(np.array([0.5]), np.bool_(False))[0] == pytest.approx(load_data.MID_GREY, 1e-3)
+
+
+def test_camera_noise_is_as_strong_grainy_and_coloured_as_measured_on_real_pairs():
+    noise = residual(flat(count=60), "camera", 12)
+    deviation = noise.std(axis=(1, 2, 3))
+    assert 0.5 * 12 < np.median(deviation) < 12
+    assert deviation.min() > 0.3 * 12 and deviation.max() < 1.6 * 12
+    assert 0.55 < np.median([neighbours(image[None]) for image in noise]) < 0.8
+    assert 0.5 < np.median([channels(image).mean() for image in noise]) < 0.85
+    assert abs(noise.mean()) < 0.3
+
+
+@pytest.mark.parametrize("sigma, low, high", [(CAMERA_SIGMA[0], 1, 3), (CAMERA_SIGMA[1], 18, 36)])
+def test_camera_noise_of_training_leaves_2_to_25_grey_levels(sigma, low, high):
+    assert low < np.median(residual(flat(count=24), "camera", sigma).std(axis=(1, 2, 3))) < high
+
+
+def test_camera_noise_is_less_in_white_and_black():
+    black, grey, white = (residual(flat(value, 16), "camera", 12).std() for value in (3, 128, 252))
+    assert black < 0.8 * grey and white < 0.6 * grey
+
+
+def test_variance_of_weak_camera_noise_rises_with_linear_light(monkeypatch):
+    monkeypatch.setattr(load_data, "TONE_CURVE_SHARE", 0)
+    linear = []
+    for value in (40, 80, 160):
+        clean = flat(value, 16)
+        noise = load_data.sensor_noise(to_float(clean), np.full((16, 1, 1, 1), 1.0), np.random.default_rng(0))
+        light = load_data.to_linear(to_float(clean) + noise, np.bool_(False))
+        linear.append(light.var() / light.mean())
+    assert linear == pytest.approx([linear[1]] * 3, rel=0.1)
+
+
+def test_white_balance_and_colour_matrix_raise_the_noise_of_colours(monkeypatch):
+    def measured(excess):
+        monkeypatch.setattr(load_data, "COLOUR_MATRIX", (excess, excess))
+        images, sigma = to_float(flat(count=16)), np.full((16, 1, 1, 1), 5.0)
+        return load_data.sensor_noise(images, sigma, np.random.default_rng(0)).reshape(-1, 3)
+
+    plain, saturated = measured(0), measured(0.8)
+    red, green, blue = plain.var(axis=0) / plain.var(axis=0)[1]
+    assert red > 1.05 * blue and blue > 1.3 * green
+    # the matrix leaves the mean of the channels alone and raises what differs from it
+    own = [(noise - noise.mean(axis=1, keepdims=True)).std() for noise in (plain, saturated)]
+    assert own[1] / own[0] == pytest.approx(1.8, rel=0.02)
+
+
+def test_cameras_smooth_edges_less():
+    clean = flat(80, 24)
+    clean[:, :, ::4] = 120
+    edges, without = (residual(images, "camera", 10).std() for images in (clean, flat(90, 24)))
+    assert edges > 1.15 * without
+
+
+def test_camera_takes_pictures_of_any_size():
+    clean = np.random.default_rng(0).integers(0, 256, (1, 17, 23, 3), np.uint8)
+    assert add_noise(clean, 12, kind="camera").shape == clean.shape
+
+
+def test_demosaicing_keeps_flat_colours_and_measured_values():
+    rng = np.random.default_rng(0)
+    bayer = load_data.bayer_colours((20, 12, 14), rng)
+    assert len({image[:2, :2].tobytes() for image in bayer}) == 4  # all phases
+    for image in bayer:
+        assert [(image == colour).mean() for colour in range(3)] == [0.25, 0.5, 0.25]
+        assert (image[:-1] != image[1:]).all() and (image[:, :-1] != image[:, 1:]).all()
+    colour = np.array([0.2, 0.5, 0.7], np.float32)
+    demosaiced = load_data.demosaic(colour[bayer], bayer)
+    np.testing.assert_allclose(demosaiced, np.broadcast_to(colour, demosaiced.shape), rtol=1e-5)
+    mosaic = rng.standard_normal(bayer.shape, np.float32)
+    demosaiced = load_data.demosaic(mosaic, bayer)
+    np.testing.assert_array_equal(np.take_along_axis(demosaiced, bayer[..., None], -1)[..., 0], mosaic)
+    # a grey ramp, which a linear filter of these widths must continue exactly
+    ramp = np.broadcast_to(np.linspace(0, 1, 14, dtype=np.float32), bayer.shape)
+    inside = load_data.demosaic(ramp, bayer)[:, 2:-2, 2:-2]
+    np.testing.assert_allclose(inside, ramp[:, 2:-2, 2:-2, None].repeat(3, -1), atol=1e-6)
+
+
+def test_white_batches_leave_the_noise_to_the_graph():
+    images = scene(12, 16)
+    (noisy, sigma), clean = Batches(images, 6, seed=3, sigma=(10, 50))[1]
+    assert noisy.dtype == sigma.dtype == clean.dtype == np.float32
+    assert sigma.shape == (6, 1, 1, 1)
+    np.testing.assert_array_equal(noisy, clean)
+    assert (sigma >= 10 / 255).all() and (sigma <= 50 / 255).all() and len(np.unique(sigma)) == 6
+    originals = {image.tobytes() for image in np.concatenate([images, images[:, :, ::-1]])}
+    assert all(image.tobytes() in originals for image in to_uint8(clean))
+
+
+def test_batches_share_the_kinds_out():
+    images = np.random.default_rng(0).integers(60, 196, (1000, 8, 8, 3), np.uint8)
+    noise = {"white": 0.5, "grey": 0.3, "uniform": 0.2}
+    (noisy, sigma), clean = Batches(images, 1000, noise=noise, sigma=(5, 30))[0]
+    is_white = sigma.ravel() > 0
+    is_grey = (clean == clean[..., :1]).all(axis=(1, 2, 3))
+    assert is_white.mean() == pytest.approx(0.5, abs=0.05)
+    assert is_grey.mean() == pytest.approx(0.3, abs=0.05)
+    assert not (is_white & is_grey).any()
+    np.testing.assert_array_equal(noisy[is_white], clean[is_white])
+    assert (noisy[is_grey] == noisy[is_grey][..., :1]).all()
+    rest = ~(is_white | is_grey)
+    deviation = 255 * np.sqrt(np.square(noisy - clean)[rest].mean(axis=(1, 2, 3)))
+    assert 4 < deviation.min() < 8 and 27 < deviation.max() < 33
+    assert deviation.mean() == pytest.approx(17.5, rel=0.1)
+
+
+def test_strength_of_camera_noise_is_logarithmic_and_within_its_range(monkeypatch):
+    strengths = []
+    monkeypatch.setitem(NOISE_KINDS, "camera", lambda images, sigma, rng: strengths.append(sigma) or images)
+    Batches(np.zeros((2000, 2, 2, 3), np.uint8), 2000, noise={"camera": 1.0})[0]
+    low, high = CAMERA_SIGMA
+    assert low <= strengths[0].min() and strengths[0].max() <= high
+    assert np.median(strengths[0]) == pytest.approx(np.sqrt(low * high), rel=0.1)
+
+
+def test_batches_depend_on_seed_epoch_and_position_alone():
+    images, noise = scene(24, 16), dict.fromkeys(NOISE_KINDS, 0.1)
+
+    def feed(epoch, index, seed=1):
+        batches = Batches(images, 12, seed, noise)
+        batches[0]
+        batches.go_to(epoch)
+        (noisy, sigma), clean = batches[index]
+        return np.concatenate([noisy.ravel(), sigma.ravel(), clean.ravel()])
+
+    np.testing.assert_array_equal(feed(2, 1), feed(2, 1))
+    for other in (feed(3, 1), feed(2, 0), feed(2, 1, seed=2)):
+        assert (feed(2, 1) != other).any()
+
+
+def parsed(*values):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--noise", type=parse_noise, action=NoiseShares, nargs="+", default={"white": 1.0})
+    return parser.parse_args(["--noise", *values] if values else []).noise
+
+
+def test_shares_of_noise_are_parsed():
+    assert parsed() == {"white": 1}
+    assert parsed("camera") == {"camera": 1}
+    assert parsed("white=0.33", "camera=0.4", "correlated=0.27") == {
+        "white": 0.33,
+        "camera": 0.4,
+        "correlated": 0.27,
+    }
+    assert parsed("white", "grey", "jpeg") == dict.fromkeys(("white", "grey", "jpeg"), pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (["pink"], "'pink' is not one of white, grey"),
+        (["white=half"], "'half' is not a number"),
+        (["white="], "'' is not a number"),
+        (["white=-0.5", "grey=1.5"], "not from 0 to 1"),
+        (["white=nan"], "not from 0 to 1"),
+        (["white=0.5", "grey=0.4"], "add up to 0.9, not to 1"),
+        (["white=0.5", "white=0.5"], "named twice"),
+        (["white", "grey=0.5"], "for every kind, or for none"),
+    ],
+)
+def test_wrong_shares_of_noise_are_refused(values, message):
+    with pytest.raises(argparse.ArgumentError, match=message):
+        parsed(*values)
