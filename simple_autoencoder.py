@@ -26,15 +26,21 @@ from pathlib import Path
 
 import util
 from load_data import (
+    NOISE_KINDS,
     SIGMAS,
     TEST_NOISE_SEED,
     Batches,
     DataError,
+    NoiseShares,
     add_data_options,
     add_noise,
+    clean_of,
     dataset_name,
     evenly,
+    image_files,
     load_data,
+    parse_noise,
+    read_picture,
     read_pixels,
     write_pixels,
 )
@@ -65,8 +71,6 @@ KL_WEIGHT = 1e-3
 DETAIL_KL_WEIGHT, DETAIL_LEARNING_RATE = 1e-3, 1e-3
 CRPS_WEIGHTS = {1: 1.6, 2: 1.7, 4: 2.8, 8: 4.8}  # of the means of blocks, by side in pixels
 SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
-GREY_SHARE, JPEG_SHARE = 0.2, 0.3  # of the training images with --photographs
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 GREY_LEVEL = 1 / 255
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
@@ -77,7 +81,7 @@ SHOWN_SIGMA = 50
 GIF_FRAMES = 50  # at most
 SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
-POSTERIOR_SAMPLES = 64
+POSTERIOR_IMAGES, POSTERIOR_SAMPLES = 250, 64
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
 INTERVALS = {0.5: 0.6745, 0.9: 1.645}  # half the width of a Gaussian's central intervals, in deviations
 SHOWN_DRAWS = 3
@@ -219,8 +223,9 @@ def build_autoencoder(encoder, decoder):
 class DenoisingVAE(keras.Model):
     """Trains an encoder and a decoder, of any number of variational levels, to denoise.
 
-    In training it is fed clean images, adds noise of a random sigma for each, and samples the codes;
-    otherwise it is fed noisy images and takes the codes' means. The loss is, for each image and in nats per
+    In training it is fed images and the deviation of the white noise that it adds to each, 0 where they are
+    noisy already, and samples the codes; otherwise it is fed noisy images and takes the codes' means. The
+    loss is, for each image and in nats per
     pixel value,
 
         1/2 log(MSE + g^2) + kl_weight * KL(q(z|x) || N(0, I)),    g one grey level.
@@ -233,38 +238,32 @@ class DenoisingVAE(keras.Model):
     Args:
         encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
         decoder: The codes of all levels to images.
-        sigma: Lowest and highest sigma of the training noise, on the 0-255 scale.
         kl_weight: Weight of the KL term.
         seed: Of noise and samples.
-        photographs: Whether the noise of some images is that of grey or JPEG files instead of white.
     """
 
     monitor, kl_name = "val_psnr", "kl"
 
-    def __init__(self, encoder, decoder, sigma=SIGMA_RANGE, kl_weight=KL_WEIGHT, seed=0, photographs=False):
+    def __init__(self, encoder, decoder, kl_weight=KL_WEIGHT, seed=0):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
-        self.sigma, self.kl_weight, self.seed, self.photographs = sigma, kl_weight, seed, photographs
+        self.kl_weight, self.seed = kl_weight, seed
         self.random = keras.random.SeedGenerator(seed)
         self.psnr = keras.metrics.Mean("psnr")
         self.kl = keras.metrics.Mean(self.kl_name)
 
     def call(self, images, training=False):
-        images = ops.cast(images, "float32")
-        outputs = self.encoder(self.noisy(images) if training else images)
+        outputs = self.encoder(self.noisy(images))
         means, log_vars = util.split_codes([ops.cast(output, "float32") for output in outputs])
         z = [self.sample(*code) for code in zip(means, log_vars, strict=True)] if training else means
         return util.decode(self.decoder, z), means, log_vars
 
-    def noisy(self, clean):
-        low, high = (limit / 255 for limit in self.sigma)
-        sigma = keras.random.uniform((ops.shape(clean)[0], 1, 1, 1), low, high, seed=self.random)
-        noise = keras.random.normal(ops.shape(clean), seed=self.random)
-        if self.photographs:
-            in_jpeg = keras.random.uniform(ops.shape(sigma), seed=self.random) < JPEG_SHARE
-            blocky = keras.random.uniform(ops.shape(sigma), seed=self.random)
-            noise = grey_or_jpeg_noise(clean, noise, in_jpeg, blocky)
-        return clean + sigma * noise
+    def noisy(self, images):
+        """Noisy images (N, H, W, 3): white noise of the deviation that comes with them, if any, is added."""
+        if not isinstance(images, (tuple, list)):
+            return ops.cast(images, "float32")
+        images, sigma = (ops.cast(part, "float32") for part in images)
+        return images + sigma * keras.random.normal(ops.shape(images), seed=self.random)
 
     def sample(self, z_mean, z_log_var):
         return z_mean + ops.exp(0.5 * z_log_var) * keras.random.normal(ops.shape(z_mean), seed=self.random)
@@ -308,7 +307,7 @@ class DetailVAE(DenoisingVAE):
         decoder: Trained: z of all levels to images.
         detail_encoder: Noisy images and the means of z to the log-variance of each detail code.
         detail_decoder: Detail codes to what they add to images.
-        options: Those of `DenoisingVAE`.
+        options: `kl_weight` and `seed` of `DenoisingVAE`.
     """
 
     monitor, kl_name = "val_loss", "detail_kl"
@@ -320,8 +319,7 @@ class DetailVAE(DenoisingVAE):
         self.crps = keras.metrics.Mean("crps")
 
     def call(self, images, training=False):
-        images = ops.cast(images, "float32")
-        noisy = self.noisy(images) if training else images
+        noisy = self.noisy(images)
         means, _ = util.split_codes(self.encoder(noisy))
         denoised = util.decode(self.decoder, means)
         log_vars = as_list(self.detail_encoder([noisy, *means]))
@@ -350,31 +348,6 @@ class DetailVAE(DenoisingVAE):
         return loss
 
 
-def grey_or_jpeg_noise(clean, noise, in_jpeg, blocky):
-    """Turn white noise into what grey files and JPEG files hold of it.
-
-    A grey image has one channel, so that its noise is alike in all three. JPEG halves the resolution of
-    colours (4:2:0), and the noise in them with it. Decoders enlarge them again by repetition or, most of
-    them, by interpolation; a model that had seen but one of these would leave the other alone.
-
-    Args:
-        clean: Images (N, H, W, 3), H and W even.
-        noise: Their noise.
-        in_jpeg: Which of them have gone through JPEG, boolean (N, 1, 1, 1).
-        blocky: Share of repetition in the enlarged colours, the rest being bilinear, 0 to 1 (N, 1, 1, 1).
-
-    Returns:
-        Tensor like `noise`.
-    """
-    luma = ops.sum(noise * np.array(LUMA, np.float32), axis=-1, keepdims=True)
-    halved = ops.average_pool(noise - luma, 2, strides=2)
-    repeated = ops.repeat(ops.repeat(halved, 2, axis=1), 2, axis=2)
-    smooth = ops.image.resize(halved, ops.shape(clean)[1:3], interpolation="bilinear")
-    colour = blocky * repeated + (1 - blocky) * smooth
-    is_grey = ops.all(clean == clean[..., :1], axis=(1, 2, 3), keepdims=True)
-    return ops.where(is_grey, noise[..., :1], ops.where(in_jpeg, luma + colour, noise))
-
-
 def kl_divergence(z_mean, z_log_var):
     """KL(N(z_mean, exp(z_log_var)) || N(0, 1)) of each image in nats (Kingma & Welling 2014, appendix B)."""
     return 0.5 * ops.sum(ops.square(z_mean) + ops.exp(z_log_var) - 1 - z_log_var, axis=(1, 2, 3))
@@ -393,11 +366,15 @@ class EpochStart(keras.callbacks.Callback):
         self.batches, self.epochs_before = batches, epochs_before
 
     def on_epoch_begin(self, epoch, logs=None):
-        epoch += self.epochs_before
-        self.batches.go_to(epoch)
+        self.batches.go_to(self.epochs_before + epoch)
+        self.restart_draws(self.model.seed, self.epochs_before + epoch)
+
+    def on_test_begin(self, logs=None):
+        self.restart_draws(VALIDATION_NOISE_SEED)  # the same after every epoch: epochs are compared
+
+    def restart_draws(self, *seed):
         # hashed, since a SeedGenerator counts its draws from its state on: neighbours would overlap
-        state = np.random.SeedSequence((self.model.seed, epoch)).generate_state(2)
-        self.model.random.state.assign(state)
+        self.model.random.state.assign(np.random.SeedSequence(seed).generate_state(2))
 
 
 class Frames(keras.callbacks.Callback):
@@ -440,15 +417,20 @@ def whole_cells(images, cell):
     return images[:, :height, :width]
 
 
-def build_vae(encoder, decoder, args):
-    """What trains `encoder` and `decoder` as the arguments of the run say."""
-    return DenoisingVAE(encoder, decoder, args.sigma, args.kl_weight, args.seed, args.photographs)
+def validation_pair(clean, args):
+    """Noisy and clean validation images, float32, always the same.
 
-
-def validation_noise(clean, sigma_range):
-    """Noisy validation images, float32, the sigmas spread evenly over the training range; always the same."""
-    sigma = np.linspace(*sigma_range, len(clean))
-    return add_noise(clean, sigma, np.random.default_rng(VALIDATION_NOISE_SEED))
+    Their kinds of noise are those of the training, the sigmas spread evenly over its range.
+    """
+    rng = np.random.default_rng(VALIDATION_NOISE_SEED)
+    sigma = np.linspace(*args.sigma, len(clean))
+    order = rng.permutation(len(clean)) if len(args.noise) > 1 else np.arange(len(clean))
+    bounds = np.round(np.cumsum(list(args.noise.values()))[:-1] * len(clean)).astype(int)
+    noisy, target = np.empty(clean.shape, np.float32), np.array(clean)
+    for kind, chosen in zip(args.noise, np.split(order, bounds), strict=True):
+        noisy[chosen] = add_noise(clean[chosen], sigma[chosen], rng, kind)
+        target[chosen] = clean_of(clean[chosen], kind)
+    return noisy, util.to_float(target)
 
 
 def gif_images(data, cell):
@@ -478,18 +460,15 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
         return []
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
     images = whole_cells(data.images[data.denoiser_split], cell)
-    batches = Batches(images, args.batch_size, args.seed, GREY_SHARE if vae.photographs else 0)
-    clean = whole_cells(data.images["validation"], cell)
-    noisy = validation_noise(clean, args.sigma)
+    batches = Batches(images, args.batch_size, args.seed, args.noise, args.sigma)
+    validation = validation_pair(whole_cells(data.images["validation"], cell), args)
     rate = args.learning_rate if vae.monitor == "val_psnr" else DETAIL_LEARNING_RATE
     vae.compile(optimizer=build_optimizer(rate, epochs * len(batches)))
-    vae(noisy[:1])
+    vae(validation[0][:1])
     callbacks = [EpochStart(batches, epochs_before)]
     if vae.monitor == "val_psnr":
         callbacks.append(Frames(folder / "frames", gif_images(data, cell)[1], epochs_before))
-    rows = util.fit(
-        vae, batches, (noisy, util.to_float(clean)), epochs, folder, vae.monitor, callbacks, stage
-    )
+    rows = util.fit(vae, batches, validation, epochs, folder, vae.monitor, callbacks, stage)
     return [{"stage": stage} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
 
 
@@ -506,8 +485,7 @@ def fit_detail(vae, detail, data, args, epochs_before):
     Returns:
         The metrics of `fit_stage`.
     """
-    options = {"sigma": args.sigma, "seed": args.seed, "photographs": args.photographs}
-    trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, **options)
+    trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, seed=args.seed)
     return fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
 
 
@@ -544,19 +522,20 @@ def train(args, data):
         rows = load_start(args, *joined)
     else:
         start_as_identity(encoder, decoder)
-    vae = build_vae(encoder, decoder, args)
+    vae = DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
     rows += fit_stage(vae, data, args, "z", args.epochs)
     rows += fit_detail(vae, detail, data, args, len(rows))
     return *joined, build_autoencoder(encoder, decoder), rows
 
 
-def evaluate(denoisers, clean, sigmas=SIGMAS):
-    """Measure denoisers: seeded unclipped noise, output clipped and rounded, mean over images.
+def evaluate(denoisers, clean, sigmas=SIGMAS, kind="white"):
+    """Measure denoisers: seeded noise, output clipped and rounded, mean over images.
 
     Args:
         denoisers: Dict of functions by label: (noisy float32 (n, H, W, 3), sigma) to denoised uint8.
         clean: uint8 array (N, H, W, 3), or a list of such arrays where images differ in size.
         sigmas: Noise levels on the 0-255 scale.
+        kind: Of the noise.
 
     Returns:
         A dict for each sigma: `sigma`, then PSNR in dB and SSIM of noisy images and of each output.
@@ -568,7 +547,7 @@ def evaluate(denoisers, clean, sigmas=SIGMAS):
         rng = np.random.default_rng(TEST_NOISE_SEED)
         measured = {}
         for images in clean:
-            noisy = add_noise(images, sigma, rng)
+            noisy, images = add_noise(images, sigma, rng, kind), clean_of(images, kind)
             outputs = {"noisy": util.to_uint8(noisy)}
             outputs |= {label: denoise(noisy, sigma) for label, denoise in denoisers.items()}
             for measure in (util.psnr, util.ssim):
@@ -942,16 +921,16 @@ def evaluation(models, encoder, decoder, data, count):
     table = evaluate(without_sigma(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
     print(util.format_table(table), flush=True)
-    print(
-        f"{POSTERIOR_SAMPLES} draws of the codes of each, at single pixels and means of blocks:", flush=True
-    )
+    key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"
+    clean = clean[:POSTERIOR_IMAGES]
+    told = f"{POSTERIOR_SAMPLES} draws of each of the first {len(clean):,}"
+    print(f"{told}, at single pixels and means of blocks, CRPS in grey levels:", flush=True)
     measured = {sigma: measure_posterior(encoder, decoder, clean, sigma) for sigma in POSTERIOR_SIGMAS}
     calibration = [row for sigma in measured for row in calibration_rows(measured[sigma], sigma)]
     quality = [quality_row(measured[sigma], sigma) for sigma in measured]
     posterior = calibration, quality, code_rows(encoder, clean)
     for rows in posterior:
         print(util.format_table(rows))
-    key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"
     hardware = util.environment()["hardware"]
     results = {"costs": {hardware: costs}, "evaluation": {key: table}, "posterior": {key: posterior}}
     return results, measured
@@ -1015,6 +994,106 @@ def evaluate_saved(args, labels):
         results = {section: record.get(section, {}) | new for section, new in results.items()}
         with util.publishing(args.out, args.name) as draft:
             util.write_record(draft, args.name, record | results)
+
+
+def read_test_picture(path):
+    """A picture of a test set, uint8 (H, W, 3), or (H, W, 1) of a grey one.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return read_picture(path, as_grey=True)
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        raise DataError(f"{path}: not a readable image ({util.first_line(error)}); remove it") from None
+
+
+def picture_pairs(folder, noisy_folder):
+    """Pictures and noisy versions of them, by the names of their files.
+
+    Yields:
+        Name, clean and noisy picture, uint8 arrays of one shape.
+
+    Raises:
+        DataError: a picture without a partner, or of another size than its partner.
+    """
+    clean, noisy = (
+        {path.relative_to(place).with_suffix("").as_posix(): path for path in image_files(place)}
+        for place in (folder, noisy_folder)
+    )
+    for name in sorted(clean.keys() ^ noisy.keys()):
+        place = noisy_folder if name in clean else folder
+        raise DataError(f"{place}: has no picture named {name}, as the other folder does; add or remove it")
+    for name, path in clean.items():
+        pair = read_test_picture(path), read_test_picture(noisy[name])
+        if pair[0].shape != pair[1].shape:
+            sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
+            raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
+        yield name, *pair
+
+
+def pictures_with_noise(folder, kind, sigma):
+    """Pictures and noisy versions of them, with the protocol's noise, drawn anew for each picture.
+
+    Yields:
+        Name, clean picture, uint8, and noisy picture, float32.
+    """
+    for path in image_files(folder):
+        clean = read_test_picture(path)
+        if kind != "white":  # which alone can do with one channel
+            clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
+        noisy = add_noise(clean[None], sigma, kind=kind)[0]
+        yield path.relative_to(folder).with_suffix("").as_posix(), clean_of(clean[None], kind)[0], noisy
+
+
+def picture_row(clean, noisy, models, samples):
+    """What is measured of one picture.
+
+    Args:
+        clean: uint8 array (H, W, 3), or (H, W, 1).
+        noisy: uint8 or float32 array like it.
+        models: Saved autoencoder; with samples, the encoder and decoder of the same run after it.
+        samples: Draws that tell the error to expect.
+
+    Returns:
+        Row of the table, and the denoised picture, uint8.
+    """
+    denoised, errors = util.denoise_picture(models[0], noisy, posterior=models[1:], samples=samples)
+    row, outputs = {}, {"noisy ": noisy, "": denoised}
+    for measure in (util.psnr, util.ssim):
+        for label, output in outputs.items():
+            output = output if output.dtype == np.uint8 else util.to_uint8(output)
+            row[f"{label}{measure.__name__.upper()}"] = float(measure(clean[None], output[None])[0])
+            outputs[label] = output
+    if samples:
+        true = np.abs(clean - outputs[""].astype(np.float32))
+        row["expected PSNR"] = -10 * math.log10(np.square(errors / 255, dtype=np.float64).mean())
+        row["90% covers"] = float((true <= INTERVALS[0.9] * errors[..., None]).mean())
+    return row, outputs[""]
+
+
+def evaluate_pictures(args):
+    """Measure a saved model on a folder of pictures of any size; print a row for each and their mean."""
+    parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
+    models = [util.load_model(args.out, args.name, part) for part in parts]
+    if args.save:
+        util.check_writable(args.save, "choose another --save")
+    noises = {f"{kind} {sigma}": (kind, sigma) for kind in args.noise for sigma in SIGMAS}
+    for label, noise in noises.items() if not args.noisy else [("as given", None)]:
+        rows = []
+        pictures = (
+            pictures_with_noise(args.pictures, *noise) if noise else picture_pairs(args.pictures, args.noisy)
+        )
+        for name, clean, noisy in pictures:
+            row, denoised = picture_row(clean, noisy, models, args.samples)
+            rows.append({"noise": label, "picture": name} | row)
+            if args.save:
+                stem = f"{name.replace('/', '_')}_{label.replace(' ', '_')}"
+                write_pixels(args.save / f"{stem}_denoised.png", denoised)
+                write_pixels(args.save / f"{stem}.png", noisy if not noise else util.to_uint8(noisy))
+        means = {key: float(np.mean([row[key] for row in rows])) for key in list(rows[0])[2:]}
+        rows.append({"noise": label, "picture": f"mean of {len(rows)}"} | means)
+        print(util.format_table(rows), flush=True)
 
 
 def deviation_path(target):
@@ -1127,9 +1206,13 @@ def add_train_options(parser):
         "--learning-rate", type=util.number(float, 0), default=LEARNING_RATE, help="highest learning rate"
     )
     parser.add_argument(
-        "--photographs",
-        action="store_true",
-        help="train for pictures in files: also on grey ones, and on noise whose colour JPEG has blurred",
+        "--noise",
+        type=parse_noise,
+        action=NoiseShares,
+        nargs="+",
+        default={"white": 1.0},
+        metavar="KIND[=SHARE]",
+        help=f"kinds of training noise and their shares: {', '.join(NOISE_KINDS)}",
     )
 
 
@@ -1138,6 +1221,27 @@ def add_evaluate_options(parser):
     add_data_options(parser)
     util.add_saved_run_options(parser)
     parser.add_argument("--images", type=util.number(int, 1), default=TEST_IMAGES, help="test images to use")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="CLEAN", help="measure on this folder's whole pictures instead"
+    )
+    parser.add_argument("--noisy", type=Path, help="folder of the same pictures with real noise")
+    parser.add_argument(
+        "--noise",
+        choices=NOISE_KINDS,
+        nargs="+",
+        default=["white"],
+        help="kinds of noise to add to --pictures",
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="write noisy and denoised --pictures there"
+    )
+    parser.add_argument(
+        "--samples",
+        type=util.number(int, 0),
+        default=0,
+        metavar="K",
+        help="tell the error to expect of --pictures from K draws of the code",
+    )
 
 
 def add_denoise_options(parser, kind):
@@ -1174,7 +1278,7 @@ def add_denoise_options(parser, kind):
 
 def default_name(args, kind):
     """Name of the run that a verb works on, where none is given."""
-    if args.verb != "denoise":
+    if args.verb == "train" or (args.verb == "evaluate" and not args.pictures):
         return f"{kind}_{dataset_name(args.dataset)}"
     for_photographs = f"{kind}_{PHOTOGRAPHS}"
     there = for_photographs in util.saved_runs(args.out, "autoencoder")
@@ -1194,13 +1298,16 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     train = add_verb("train", help="train a model and save it")
     add_train_options(train)
     add_own_options(train)
-    add_evaluate_options(add_verb("evaluate", help="measure a saved model"))
+    evaluate = add_verb("evaluate", help="measure a saved model")
+    add_evaluate_options(evaluate)
     add_denoise_options(add_verb("denoise", help="denoise your own pictures"), kind)
     args = util.parse_resumable(parser, train, argv, lambda args: default_name(args, kind))
     if args.verb == "train" and args.sigma[0] > args.sigma[1]:
         train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
     if args.verb == "train" and not (args.epochs or args.start):
         train.error("argument --epochs: 0 keeps what --start names; give one")
+    if args.verb == "evaluate" and args.noisy and not args.pictures:
+        evaluate.error("argument --noisy: give the clean pictures, too, with --pictures")
     return args
 
 
@@ -1208,6 +1315,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.verb == "denoise":
         denoise_pictures(args)
+        return
+    if args.verb == "evaluate" and args.pictures:
+        evaluate_pictures(args)
         return
     if args.verb == "evaluate":
         evaluate_saved(args, {"simple": args.name})

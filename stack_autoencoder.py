@@ -147,8 +147,8 @@ def stack_detail_decoder(level_one, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS
 def validation_psnr(vae, data, args):
     """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images."""
     model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
-    clean = data.images["validation"]
-    return float(util.psnr(clean, util.denoise(model, simple.validation_noise(clean, args.sigma))).mean())
+    noisy, clean = simple.validation_pair(data.images["validation"], args)
+    return float(util.psnr(util.to_uint8(clean), util.denoise(model, noisy)).mean())
 
 
 def add_stack_options(parser):
@@ -181,7 +181,7 @@ def train(args, data, base):
     decoder = stack_decoder(z_decoder, args.filters, DECODER_BLOCKS, args.latent_dim)
     detail = stack_detail_encoder(detail[0], args.latent_dim), stack_detail_decoder(detail[1])
     joined = simple.join_encoders(encoder, detail[0]), simple.join_decoders(decoder, detail[1])
-    vae = simple.build_vae(encoder, decoder, args)
+    vae = simple.DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
     stages = {"simple": validation_psnr(vae, data, args)}
     print(f"Validation PSNR of {base}, before stacking: {stages['simple']:.2f} dB", flush=True)
     plan, rows = {"greedy": args.greedy_epochs, "joint": args.epochs}, []
@@ -213,6 +213,9 @@ def main(argv=None):
     args = simple.parse_args(argv, "stacked", __doc__, add_stack_options)
     if args.verb == "denoise":
         simple.denoise_pictures(args)
+        return
+    if args.verb == "evaluate" and args.pictures:
+        simple.evaluate_pictures(args)
         return
     if args.verb == "evaluate":
         base = util.read_record(args.out, args.name).get("base")

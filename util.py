@@ -1153,7 +1153,7 @@ def rows_figure(rows, title="", cell=1.35, figure=None):
 
     Args:
         rows: List of (label, images, captions). Images are uint8 (N, H, W, 3), or float (N, H, W) for maps in
-            false colours from 0 to the largest value of all maps. Captions are N strings, or None.
+            false colours on one scale, from 0. Captions are N strings, or None.
         title: Title of the figure.
         cell: Width of an image in inches.
         figure: Part of a figure to draw into; by default a new figure.
@@ -1165,7 +1165,8 @@ def rows_figure(rows, title="", cell=1.35, figure=None):
     captioned = sum(captions is not None for _, _, captions in rows)
     height = cell * len(rows) + 0.2 * captioned + 0.3 * bool(title)
     figure = figure or Figure(figsize=(cell * columns + 0.3, height), layout="constrained")
-    highest = max((images.max() for _, images, _ in rows if images.ndim == 3), default=1)
+    maps = [images.ravel() for _, images, _ in rows if images.ndim == 3]
+    highest = np.quantile(np.concatenate(maps), 0.995) if maps else 1  # a few outliers would darken the rest
     for line, (label, images, captions) in zip(
         figure.subplots(len(rows), columns, squeeze=False), rows, strict=True
     ):

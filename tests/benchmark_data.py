@@ -43,8 +43,7 @@ class FeedForward(simple.DenoisingVAE):
     """Trains a plain network the same way: noise and likelihood, but no code."""
 
     def call(self, images, training=False):
-        images = keras.ops.cast(images, "float32")
-        return self.decoder(self.noisy(images) if training else images), [], []
+        return self.decoder(self.noisy(images)), [], []
 
 
 def dncnn(seed, filters=39, convolutions=17, normalize=True):

@@ -4,7 +4,7 @@
     python tests/benchmark_denoisers.py                          # first 60 CIFAR-10 test images, 5 minutes
     python tests/benchmark_denoisers.py --images 1000 --without BM3D
     python tests/benchmark_denoisers.py --dataset my_pictures/   # whole pictures that training leaves out
-    python tests/benchmark_denoisers.py --dataset my_pictures/ --stored-as jpeg
+    python tests/benchmark_denoisers.py --dataset my_pictures/ --noise jpeg
 
 Prints PSNR, SSIM and images per second, and writes `figures/benchmark_DATASET_sigma.png` (PSNR against
 sigma, and the models' lead over BM3D) and `figures/benchmark_DATASET_time.png` (PSNR at sigma 25 against the
@@ -12,7 +12,6 @@ time for an image). The classical methods are told the true sigma; the models ar
 """
 
 import argparse
-import io
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import util
 from load_data import (
     BUILT_IN,
     FEWEST_HELD_OUT,
+    NOISE_KINDS,
     DataError,
     add_data_options,
     classes_of,
@@ -38,11 +38,9 @@ import bm3d
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from skimage.restoration import denoise_tv_chambolle, denoise_wavelet
 
 SHOWN_SIGMA = 25  # of the figure of times
-JPEG_QUALITY = 90
 BATCH = 250  # images that a model gets at a time; the classical methods take one by one
 
 
@@ -75,24 +73,6 @@ CLASSICAL = {
     "total variation": total_variation,
     "wavelet": wavelet,
 }
-
-
-def grey(noisy):
-    """Noisy images as grey files keep them: of a grey image's noise, one channel."""
-    return noisy[..., :1].repeat(3, axis=-1)
-
-
-def jpeg(noisy):
-    """Noisy images as they come out of JPEG files: clipped, and with their colours at half the resolution."""
-    decoded = []
-    for image in util.to_uint8(noisy):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY)
-        decoded.append(np.asarray(Image.open(file)))
-    return util.to_float(np.stack(decoded))
-
-
-STORED = {"floats": lambda noisy: noisy, "grey": grey, "jpeg": jpeg}
 
 
 def one_by_one(denoise):
@@ -154,9 +134,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
     )
-    parser.add_argument(
-        "--stored-as", choices=STORED, default="floats", help="what the noisy images have gone through"
-    )
+    parser.add_argument("--noise", choices=NOISE_KINDS, default="white", help="kind of the noise")
     parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
     return parser.parse_args(argv)
 
@@ -186,24 +164,8 @@ def test_images(args):
     """What is denoised, as `simple.evaluate` takes it."""
     if args.dataset in BUILT_IN:
         images = load_data(args.dataset, args.data_dir, args.size).sample("test", args.images)
-        clean = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    else:
-        clean = [picture[None] for picture in held_out_pictures(args.dataset)[: args.images]]
-    if args.stored_as != "grey":
-        return clean
-    return [images.mean(axis=-1, keepdims=True).round().astype(np.uint8).repeat(3, -1) for images in clean]
-
-
-def after_storing(denoisers, kind):
-    """Denoisers by label as such that are given what is left of the noisy images in files of some kind."""
-    store = STORED[kind]
-    stored = {
-        label: lambda noisy, sigma, denoise=denoise: denoise(store(noisy), sigma)
-        for label, denoise in denoisers.items()
-    }
-    if kind == "floats":
-        return stored
-    return {f"as {kind}": lambda noisy, sigma: util.to_uint8(store(noisy))} | stored
+        return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    return [picture[None] for picture in held_out_pictures(args.dataset)[: args.images]]
 
 
 def main(argv=None):
@@ -218,13 +180,12 @@ def main(argv=None):
     denoisers = {
         label: Timed(denoise) for label, denoise in (denoisers | simple.without_sigma(models)).items()
     }
-    stored = after_storing(denoisers, args.stored_as)
-    table = simple.evaluate(stored, clean)
+    table = simple.evaluate(denoisers, clean, kind=args.noise)
     hardware = util.environment()["hardware"]
-    name = dataset_name(args.dataset) + ("" if args.stored_as == "floats" else f"_{args.stored_as}")
-    labels = ("noisy", *stored)
+    name = dataset_name(args.dataset) + ("" if args.noise == "white" else f"_{args.noise}")
+    labels = ("noisy", *denoisers)
     title = f"{name}, first {sum(map(len, clean))} test images"
-    print(f"{title}, noise of seed 0 per sigma; {hardware}")
+    print(f"{title}, {args.noise} noise of seed 0 per sigma; {hardware}")
     for measure in ("PSNR", "SSIM"):
         rows = [
             {measure: label} | {str(row["sigma"]): row[f"{label} {measure}"] for row in table}

@@ -49,8 +49,7 @@ class PixelGaussian(simple.DenoisingVAE):
         self.variance = variance
 
     def call(self, images, training=False):
-        images = ops.cast(images, "float32")
-        noisy = self.noisy(images) if training else images
+        noisy = self.noisy(images)
         means, _ = util.split_codes(self.encoder(noisy))
         return util.decode(self.decoder, means), self.variance([noisy, *means])
 
@@ -97,7 +96,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = args.start or f"simple_{dataset_name(args.dataset)}"
     args.name = args.name or f"variance_{run}"
-    args.sigma, args.photographs = simple.SIGMA_RANGE, False
+    args.sigma, args.noise = simple.SIGMA_RANGE, {"white": 1.0}
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     encoder, decoder = (util.load_model(args.out, run, part) for part in ("encoder", "decoder"))
     clean = data.sample("test", args.images)

@@ -1,0 +1,134 @@
+"""Compare the saved models with classical denoisers on every kind of noise.
+
+    pip install -r tests/requirements-benchmark.txt
+    python tests/benchmark_noise.py --dataset data/photographs      # half an hour
+
+Denoises square parts of the photographs that training leaves out. The models are told nothing; each classical
+method is given, for every kind and strength, the one of its parameters that is best on these very pictures.
+Prints PSNR and writes `figures/benchmark_noise.png`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import util
+from load_data import NOISE_KINDS, SPLIT_SEED, TEST_NOISE_SEED, absolute_path, add_noise, clean_of
+
+import cv2
+import numpy as np
+from benchmark_denoisers import block_matching, held_out_pictures, non_local_means
+from matplotlib.figure import Figure
+
+SIGMAS = (10, 25)
+
+
+def gaussian_blur(noisy, deviation):
+    return cv2.GaussianBlur(noisy, (0, 0), deviation)
+
+
+def median(noisy, side):
+    return cv2.medianBlur(util.to_uint8(noisy), side) / 255
+
+
+def bilateral(noisy, sigma):
+    """Tomasi, Manduchi, "Bilateral Filtering for Gray and Color Images", 1998."""
+    return cv2.bilateralFilter(noisy, 7, 3 * sigma / 255, 2)
+
+
+# each with the parameters to choose from
+CLASSICAL = {
+    "Gaussian blur": (gaussian_blur, (0.4, 0.6, 0.8, 1.0, 1.4, 2.0)),
+    "median": (median, (3, 5)),
+    "bilateral": (bilateral, (5, 10, 15, 25, 40)),
+    "non-local means": (non_local_means, (5, 10, 15, 25, 40)),
+    "BM3D": (block_matching, (5, 10, 15, 25, 40)),
+}
+
+
+def mean_psnr(clean, denoised):
+    """Mean PSNR in dB of images of one size."""
+    return float(util.psnr(clean, util.to_uint8(np.stack(denoised))).mean())
+
+
+def measure(clean, kind, sigma, models, classical):
+    """Row of the table: PSNR of what is noisy and of what each method makes of it.
+
+    Args:
+        clean: uint8 array (N, side, side, 3).
+        kind, sigma: Of the noise.
+        models: Dict of saved autoencoders by name.
+        classical: Some of CLASSICAL.
+    """
+    noisy = add_noise(clean, sigma, np.random.default_rng(TEST_NOISE_SEED), kind)
+    clean = clean_of(clean, kind)
+    row = {"noise": kind, "strength": sigma, "noisy": mean_psnr(clean, noisy)}
+    for label, (denoise, parameters) in classical.items():
+        row[label] = max(mean_psnr(clean, [denoise(image, value) for image in noisy]) for value in parameters)
+    return row | {name: mean_psnr(clean, util.denoise(model, noisy) / 255) for name, model in models.items()}
+
+
+def kinds_figure(rows, title):
+    """PSNR gained on each kind and strength of noise, a mark for each method."""
+    figure = Figure(figsize=(8, 0.3 * len(rows) + 1.6), layout="constrained")
+    axis = figure.subplots()
+    for index, label in enumerate(list(rows[0])[3:]):
+        axis.plot(
+            [row[label] - row["noisy"] for row in rows], range(len(rows)), "osD^vP*"[index % 7], label=label
+        )
+    axis.set_yticks(range(len(rows)), [f"{row['noise']} {row['strength']}" for row in rows])
+    axis.invert_yaxis()
+    axis.set(xlabel="PSNR gained in dB", xlim=(-1, None))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--dataset", type=absolute_path, required=True, help="folder of photographs")
+    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/, figures/ are")
+    parser.add_argument("--images", type=util.number(int, 1), default=8, help="pictures to use")
+    parser.add_argument(
+        "--side", type=util.number(int, 16), default=160, help="of the part of each, in pixels"
+    )
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
+    )
+    parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    names = args.models or util.saved_runs(args.out, "autoencoder")
+    models = {name: util.load_model(args.out, name, "autoencoder") for name in names}
+    pictures = held_out_pictures(args.dataset)
+    chosen = np.random.default_rng(SPLIT_SEED).permutation(len(pictures))[: args.images]
+    clean = []
+    for picture in (pictures[index] for index in chosen):
+        top, left = ((length - args.side) // 2 for length in picture.shape[:2])
+        clean.append(picture[top : top + args.side, left : left + args.side])
+    classical = {label: CLASSICAL[label] for label in CLASSICAL if label not in args.without}
+    rows = []
+    advance = util.progress(len(NOISE_KINDS) * len(SIGMAS), "kinds and strengths of noise")
+    for kind in NOISE_KINDS:
+        for sigma in SIGMAS:
+            rows.append(measure(np.stack(clean), kind, sigma, models, classical))
+            advance()
+    title = f"{len(clean)} held-out photographs, {args.side}x{args.side} of each"
+    print(f"{title}, PSNR in dB; {util.environment()['hardware']}")
+    print(util.format_table(rows))
+    path = args.out / "figures/benchmark_noise.png"
+    with util.atomic(path) as temporary:
+        util.save_figure(kinds_figure(rows, title), temporary)
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    util.run_script(main)
