@@ -521,8 +521,15 @@ def environment():
     }
 
 
-# Keys that newer Keras writes with these empty values and that older Keras 3 refuses.
-_NEW_KEYS = re.compile("input_axes|output_axes|quantization_config|renorm.*")
+# What newer Keras writes and older Keras 3 refuses; with these values, its defaults, it does nothing.
+_NEW_KEYS = {
+    "input_axes": None,
+    "output_axes": None,
+    "quantization_config": None,
+    "renorm": False,
+    "renorm_clipping": None,
+    "renorm_momentum": 0.99,
+}
 
 
 def _portable(config):
@@ -532,12 +539,7 @@ def _portable(config):
         return config
     if config.get("class_name") == "DTypePolicy":
         return config | {"config": {"name": "float32"}}
-    kept = {
-        key: value
-        for key, value in config.items()
-        if value not in (None, False) or not _NEW_KEYS.fullmatch(key)
-    }
-    return {key: _portable(value) for key, value in kept.items()}
+    return {key: _portable(value) for key, value in config.items() if (key, value) not in _NEW_KEYS.items()}
 
 
 def portable_json(model):
