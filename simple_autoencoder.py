@@ -57,6 +57,7 @@ ENCODER_BLOCKS, DECODER_BLOCKS = 4, 6
 LATENT_DIM = 48
 DETAIL_ENCODER_BLOCKS, DETAIL_DECODER_BLOCKS = 3, 4
 DETAIL_DEVIATION = 0.04  # of pixels that an untrained detail decoder makes of a standard normal code
+MAX_LOG_VAR = 10.0  # an outlier beyond it would make the KL term infinite
 INITIAL_LOG_VAR = -10.0  # of the code: its standard deviation starts at 0.007, about 2 grey levels
 
 # optimization
@@ -255,6 +256,7 @@ class DenoisingVAE(keras.Model):
     def call(self, images, training=False):
         outputs = self.encoder(self.noisy(images))
         means, log_vars = util.split_codes([ops.cast(output, "float32") for output in outputs])
+        log_vars = [ops.minimum(log_var, MAX_LOG_VAR) for log_var in log_vars]
         z = [self.sample(*code) for code in zip(means, log_vars, strict=True)] if training else means
         return util.decode(self.decoder, z), means, log_vars
 
@@ -322,7 +324,9 @@ class DetailVAE(DenoisingVAE):
         noisy = self.noisy(images)
         means, _ = util.split_codes(self.encoder(noisy))
         denoised = util.decode(self.decoder, means)
-        log_vars = as_list(self.detail_encoder([noisy, *means]))
+        log_vars = [
+            ops.minimum(log_var, MAX_LOG_VAR) for log_var in as_list(self.detail_encoder([noisy, *means]))
+        ]
         draws = []
         for _ in range(2):
             details = [self.sample(ops.zeros_like(log_var), log_var) for log_var in log_vars]
