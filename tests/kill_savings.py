@@ -1,6 +1,6 @@
-"""Kill a process that saves all that the scripts save, a hundred times, at random moments; see what is left.
+"""Kill a process that saves all that the scripts save, at random moments; see what is left.
 
-    KERAS_BACKEND=numpy python tests/kill_savings.py SEED
+    KERAS_BACKEND=numpy python tests/kill_savings.py SEED KILLS
 
 On Keras's numpy backend, whose processes can be forked after the imports, so that a kill costs milliseconds.
 After every kill whatever has a name must be whole and of one piece, and nothing older than before. Prints how
@@ -27,7 +27,6 @@ import h5py
 import keras
 import numpy as np
 
-KILLS = 100
 UNIT = 1 / 1024
 HIDDEN = 100
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 24, 24, 3), np.uint8)
@@ -62,11 +61,11 @@ def checkpoint_of(out, model):
 def save(out, version):
     """Save a run, its feature maps, an epoch's checkpoint and a cache."""
     model = model_of(version)
-    with util.staged(out, "run") as stage:
+    with util.publishing(out, "run") as draft:
         for part in PARTS:
-            util.save_model(stage, model, f"{part}_run")
-        util.write_csv(stage / "logs/run.csv", [{"version": version}])
-        util.write_record(stage, "run", {"version": version})
+            util.save_model(draft, model, f"{part}_run")
+        util.write_csv(draft / "logs/run.csv", [{"version": version}])
+        util.write_record(draft, "run", {"version": version})
     util.feature_maps(out, "run", "test", IMAGES, np.arange(len(IMAGES)), version=version)
     checkpoint = checkpoint_of(out, model_of(0))
     epoch = checkpoint.restore()
@@ -111,7 +110,7 @@ def check(out):
     return version, epochs
 
 
-def main(seed):
+def main(seed, kills):
     rng = random.Random(seed)
     amid = 0
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
@@ -121,7 +120,7 @@ def main(seed):
         save(out, 2)
         span = time.monotonic() - started
         version, epochs = check(out)
-        for _ in range(KILLS):
+        for _ in range(kills):
             child = os.fork()
             if not child:
                 while True:
@@ -139,8 +138,8 @@ def main(seed):
             for path in temporaries:
                 if path.is_file():
                     path.unlink()
-    print(f"{amid} of {KILLS} kills amid a save; {version} saves of the run, {epochs} of the checkpoint")
+    print(f"{amid} of {kills} kills amid a save; {version} saves of the run, {epochs} of the checkpoint")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

@@ -1,16 +1,23 @@
-import json
 import shutil
 
 import KNN
 import util
-from load_data import Data, load_data
+from load_data import Data
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import (
+    NAME,
+    labels_of,
+    pixels_of,
+    printed_by,
+    random_images,
+    run_of,
+    told_line,
+    usage_error,
+)
 
-# enough training images for both classes
-ARGUMENTS = ["--dataset=photos", "--limit=800", "--clusters=3"]
+ARGUMENTS = ["--dataset=photos", "--size=24", "--clusters=3"]
 
 
 def test_vote_takes_the_commonest_label_and_of_equals_the_lowest():
@@ -37,105 +44,145 @@ def test_cluster_row_without_labels():
 
 
 @pytest.fixture(scope="module")
-def encoders(trained, tmp_path_factory):
-    """Output folder with the run simple_photos, of this file's own."""
-    return shutil.copytree(trained[0], tmp_path_factory.mktemp("compared") / "out")
+def compared(trained, tmp_path_factory):
+    """A comparison on the photographs, with the encoder of the short training."""
+    out = shutil.copytree(trained.out, tmp_path_factory.mktemp("compared") / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KNN, "SHOWN_QUERIES", 3)
+        patch.setattr(KNN, "SHOWN_OF_A_CLUSTER", 4)
+        return run_of(KNN, out, *ARGUMENTS)
 
 
-@pytest.fixture(scope="module")
-def compared(encoders):
-    out = encoders
-    code, printed, err = run("KNN.py", *ARGUMENTS, "--out", out, cwd=out)
-    assert code == 0, err
-    return out, printed
+def rows_of(compared):
+    return util.read_record(compared.out, "knn_photos")["accuracy"]
 
 
-def test_neighbours_against_brute_force(compared):
-    out, _ = compared
-    data = load_data("photos", limit=800)
-    rows = json.loads((out / "logs/knn_photos.json").read_text())["accuracy"]
-    row = next(row for row in rows if row["space"] == "pixels" and "NN" in row["method"])
+def test_neighbours_against_brute_force(compared, photographs):
+    (row,) = (row for row in rows_of(compared) if row["space"] == "pixels" and "NN" in row["method"])
     k = int(row["method"].split("-")[0])
-    flat = {split: images.reshape(len(images), -1) / 255 for split, images in data.images.items()}
-    noise = np.random.default_rng(0).normal(0, 25 / 255, data.images["test"].shape)
-    for kind, queries in (
-        ("clean", flat["test"]),
-        ("noisy 25", flat["test"] + noise.reshape(len(flat["test"]), -1)),
-    ):
+    flat = {split: images.reshape(len(images), -1) / 255 for split, images in photographs.images.items()}
+    noise = np.random.default_rng(0).normal(0, 25 / 255, photographs.images["test"].shape)
+    queries = {"clean": flat["test"], "noisy 25": flat["test"] + noise.reshape(len(flat["test"]), -1)}
+    for kind, points in queries.items():
         right = 0
-        for query, label in zip(queries, data.labels["test"], strict=True):
+        for query, label in zip(points, photographs.labels["test"], strict=True):
             nearest = np.argsort(((flat["train"] - query) ** 2).sum(axis=1), kind="stable")[:k]
-            right += np.bincount(data.labels["train"][nearest]).argmax() == label
+            right += np.bincount(photographs.labels["train"][nearest]).argmax() == label
         assert row[kind] == pytest.approx(100 * right / len(flat["test"]))
 
 
-def test_what_is_printed_and_written(compared):
-    out, printed = compared
-    assert "| clean | noisy 25 | denoised 25 | noisy 50 | denoised 50 |" in printed
-    for space in ("pixels", "PCA", "simple_photos"):
-        assert sum(f" {space} |" in line for line in printed.splitlines()) >= 2
-    for kind in ("accuracy", "neighbours", "clusters"):
-        assert (out / f"figures/knn_photos_{kind}.png").stat().st_size > 10_000
-    centroids = np.load(out / "models/kmeans_knn_photos_simple_photos_centroids.npy")
-    labels = np.load(out / "models/kmeans_knn_photos_simple_photos_labels.npy")
-    assert centroids.shape == (3, 4 * 4 * 48)
-    assert labels.shape == (800,)
-    images = load_data("photos", limit=800).images["train"]
-    features = util.feature_maps(out, "simple_photos", "train", images, labels, pooling=4)
-    points = features.reshape(800, -1).astype(np.float32)
+def test_what_is_printed_and_written(compared, photographs):
+    out, count = compared.out, len(photographs.images["train"])
+    header = "| clean | noisy 25 | denoised 25 | noisy 50 | denoised 50 |"
+    assert header in " ".join(compared.printed.split())
+    for space in ("pixels", "PCA", NAME):
+        assert sum(f" {space} |" in line for line in compared.printed.splitlines()) >= 2
+    centroids, labels = (
+        np.load(out / f"models/kmeans_knn_photos_{NAME}_{kind}.npy") for kind in ("centroids", "labels")
+    )
+    features = util.feature_maps(out, NAME, "train", photographs.images["train"], labels, pooling=4)
+    points = features.reshape(count, -1).astype(np.float32)
     distances = ((points[:, None] - centroids) ** 2).sum(axis=-1)
     np.testing.assert_array_equal(distances.argmin(axis=1), labels)
+    assert centroids.shape == (3, 4 * 4 * 12)
 
 
-def test_second_run_uses_the_feature_maps_and_gives_the_same(compared):
-    out, printed = compared
+def test_accuracies_are_shown_as_bars_for_every_space_and_kind(compared):
+    figure, rows = compared.figures["knn_photos_accuracy.png"], rows_of(compared)
+    kinds = ["clean", "noisy 25", "denoised 25", "noisy 50", "denoised 50"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == kinds
+    for axis, panel in zip(figure.axes, (rows[::2], rows[1::2]), strict=True):
+        heights = [[bar.get_height() for bar in bars] for bars in axis.containers]
+        assert heights == [[row[kind] for row in panel] for kind in kinds]
+        labels = [label.get_text().split("\n")[0] for label in axis.get_xticklabels()]
+        assert labels == ["pixels", "PCA", NAME]
+    assert [axis.get_title() for axis in figure.axes] == ["k nearest neighbours", "linear SVM"]
+
+
+def test_nearest_images_are_shown_below_their_queries(compared, photographs):
+    figure = compared.figures["knn_photos_neighbours.png"]
+    labels, shown = labels_of(figure), pixels_of(figure)
+    rows = [label for label, _ in labels[::3]]
+    spaces = [f"{space}\n{rank}" for space in ("pixels", "PCA", NAME) for rank in (1, 2, 3)]
+    assert rows == ["clean", "noisy 50", "denoised 50", *spaces]
+    noisy = np.random.default_rng(0).normal(photographs.images["test"] / 255, 50 / 255)
+    queries = KNN.evenly(len(noisy), 3)
+    distances = ((photographs.images["train"] / 255 - noisy[queries, None]) ** 2).sum(axis=(2, 3, 4))
+    for column, nearest in enumerate(distances.argmin(axis=1)):
+        np.testing.assert_array_equal(shown[column], photographs.images["test"][queries[column]])
+        np.testing.assert_array_equal(shown[9 + column], photographs.images["train"][nearest])
+        assert labels[9 + column][1] == photographs.class_names[photographs.labels["train"][nearest]]
+
+
+def test_images_nearest_to_each_centroid_are_shown(compared, photographs):
+    figure = compared.figures["knn_photos_clusters.png"]
+    rows = [label for label, _ in labels_of(figure) if label]
+    assert rows == [f"{NAME}\ncluster {number}" for number in range(3)]
+    labels = np.load(compared.out / f"models/kmeans_knn_photos_{NAME}_labels.npy")
+    train = photographs.images["train"]
+    for index, image in enumerate(pixels_of(figure)):
+        places = np.flatnonzero((train == image).all(axis=(1, 2, 3)))
+        assert index // 4 in labels[places]
+
+
+def test_second_run_uses_the_feature_maps_and_gives_the_same(compared, tmp_path):
+    out = shutil.copytree(compared.out, tmp_path / "out")
     files = {path: path.stat().st_mtime_ns for path in out.glob("feature_maps/*_pool4.h5")}
     assert len(files) == 7  # train, validation, and five kinds of query
-    code, again, err = run("KNN.py", *ARGUMENTS, "--out", out, cwd=out)
-    assert code == 0, err
-    assert [line for line in again.splitlines() if line.startswith("|")] == [
-        line for line in printed.splitlines() if line.startswith("|")
+    again = printed_by(KNN, *ARGUMENTS, "--out", out)
+    tables = [
+        [line for line in printed.splitlines() if line.startswith("|")]
+        for printed in (again, compared.printed)
     ]
+    assert tables[0] == tables[1]
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
-def test_missing_encoder_and_too_many_clusters_are_told(compared):
-    out, _ = compared
-    code, _, err = run("KNN.py", "--dataset=photos", "--encoders", "simple_stl10", "--out", out)
-    assert code == 1
-    assert err == f"{out}/models/autoencoder_simple_stl10.json: not found; there is simple_photos"
-    code, _, err = run("KNN.py", "--dataset=photos", "--limit=5", "--clusters=6", "--out", out)
-    assert code == 1
-    assert err == "photos: fewer training images than --clusters 6; lower it"
-    code, _, err = run("KNN.py", "--dataset=photos", "--limit=20", "--out", out)
-    assert code == 1
-    assert err.startswith("photos: its training images are all of one class; raise --limit")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--encoders=simple_stl10"], f"autoencoder_simple_stl10.json: not found; there is {NAME}"),
+        (["--limit=2"], "photos: fewer training images than --clusters 3; lower it"),
+        (["--limit=20"], "photos: its training images are all of one class; raise --limit"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(compared, arguments, told):
+    assert told in told_line(printed_by, KNN, *ARGUMENTS, *arguments, "--out", compared.out)
 
 
-def test_unlabelled_images_are_clustered_from_their_file(encoders, tmp_path, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
+def test_unlabelled_images_are_clustered_from_their_file(trained_copy, tmp_path, monkeypatch):
     counts = {"train": 60, "validation": 10, "test": 12, "unlabeled": 40}
-    images = {split: rng.integers(0, 256, (count, 24, 24, 3), np.uint8) for split, count in counts.items()}
+    images = {split: random_images(count, 24, 24, 3) for split, count in counts.items()}
     labels = {split: np.arange(count) % 10 for split, count in counts.items()}
     labels["unlabeled"] = np.full(40, -1)
     np.save(tmp_path / "unlabeled.npy", images["unlabeled"])
     images["unlabeled"] = np.load(tmp_path / "unlabeled.npy", mmap_mode="r")
-    data = Data("stl10", images, labels, tuple("abcdefghij"), {})
-    monkeypatch.setattr(KNN, "load_data", lambda *_: data)
-    KNN.main(
-        [
-            "--dataset=stl10",
-            "--encoders",
-            "simple_photos",
-            "--clusters=4",
-            "--name=k",
-            "--out",
-            str(encoders),
-        ]
-    )
-    printed = capsys.readouterr().out
+    stl10 = Data("stl10", images, labels, tuple("abcdefghij"), {})
+    monkeypatch.setattr(KNN, "load_data", lambda *_: stl10)
+    for name in ("SHOWN_QUERIES", "SHOWN_OF_A_CLUSTER"):
+        monkeypatch.setattr(KNN, name, 2)
+    arguments = ["--dataset=stl10", f"--encoders={NAME}", "--clusters=4", "--name=k", "--out", trained_copy]
+    printed = printed_by(KNN, *arguments)
     assert sum("no labels" in line for line in printed.splitlines()) == 2
-    assert np.load(encoders / "models/kmeans_k_simple_photos_labels.npy").shape == (40,)
+    assert np.load(trained_copy / f"models/kmeans_k_{NAME}_labels.npy").shape == (40,)
+
+
+def test_default_encoders_are_those_that_are_saved(tmp_path):
+    assert KNN.default_encoders(tmp_path, "photos") == ["simple_photos"]
+    (tmp_path / "models").mkdir()
+    for kind in ("simple", "stacked"):
+        (tmp_path / f"models/encoder_{kind}_photos.json").write_text("{}")
+    assert KNN.default_encoders(tmp_path, "photos") == ["simple_photos", "stacked_photos"]
+
+
+WRONG_USAGE = (
+    "--clusters=1, --pooling=-1, --sigmas -5, --sigmas nan, --encoders a/b, --encoders, --name=, --unknown"
+)
+
+
+@pytest.mark.parametrize("arguments", WRONG_USAGE.split(", "))
+def test_wrong_usage_is_told(arguments):
+    assert "error: " in usage_error(KNN.parse_args, arguments.split())
 
 
 def test_svm_separates_what_a_line_separates():

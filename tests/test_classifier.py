@@ -1,23 +1,38 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import classifier
 import util
-from load_data import DataError, load_data
 
-import imageio.v3 as iio
 import keras
 import numpy as np
 import pytest
-from conftest import run, start, table_rows
+from conftest import (
+    NAME,
+    assert_same_weights,
+    curves_of,
+    legend_of,
+    printed_by,
+    random_images,
+    run_of,
+    stop_at,
+    table_rows,
+    told_line,
+    usage_error,
+)
 
-# enough training images for both classes
-ARGUMENTS = ["--dataset=photos", "--limit=800", "--batch-size=100", "--precision=float32"]
-ARGUMENTS += ["--epochs=2", "--rounds=2", "--widths", "16", "32", "32"]
+CLASSIFIER = "classifier_photos"
+SHORT = [
+    "--dataset=photos",
+    "--size=24",
+    "--batch-size=100",
+    "--precision=float32",
+    "--widths",
+    "16",
+    "16",
+    "32",
+]
+TRAIN = [*SHORT, "--epochs=4", "--rounds=2"]
 
 
 def test_whitening_decorrelates_patches():
@@ -36,14 +51,14 @@ def test_whitening_decorrelates_patches():
 
 def test_kernels_turn_as_muon_says_and_keep_their_norm():
     rng = np.random.default_rng(0)
-    start, gradient = (rng.normal(size=(3, 3, 4, 8)).astype(np.float32) for _ in range(2))
+    before, gradient = (rng.normal(size=(3, 3, 4, 8)).astype(np.float32) for _ in range(2))
     after = []
     for optimizer in (classifier.TurningMuon, util.ConvolutionMuon):
-        variable = keras.Variable(start)
+        variable = keras.Variable(before)
         optimizer(1.0, rms_rate=None).apply([keras.ops.convert_to_tensor(gradient)], [variable])
         after.append(keras.ops.convert_to_numpy(variable))
     np.testing.assert_allclose(after[0], after[1] * 8**0.5 / np.linalg.norm(after[1]), atol=1e-5)
-    assert np.abs(after[1] - start).max() > 0.1
+    assert np.abs(after[1] - before).max() > 0.1
 
 
 def test_averaged_weights_get_statistics_of_their_own():
@@ -75,154 +90,214 @@ def test_most_confused_pairs_by_hand():
     assert pairs == [(50, "dog", "cat"), (25, "cat", "frog")]
 
 
+def test_labelled_batches_mirror_each_image_in_every_other_epoch(monkeypatch):
+    monkeypatch.setattr("classifier.shift_zoom_or_cut_out", lambda images, rng, share: images)
+    images = random_images(20, 16, 16, 3)
+    labels = np.arange(20) % 4
+    batches = classifier.LabelledBatches(images, labels, 4, 5, seed=1)
+    as_float = images / np.float32(255)
+    mirrored = {}
+    for epoch in (0, 1, 2):
+        batches.go_to(epoch)
+        for index in range(len(batches)):
+            fed, one_hot = batches[index]
+            for image, target in zip(fed, one_hot, strict=True):
+                same = np.flatnonzero((as_float == image).all(axis=(1, 2, 3)))
+                other = np.flatnonzero((as_float[:, :, ::-1] == image).all(axis=(1, 2, 3)))
+                (origin,) = np.union1d(same, other)
+                mirrored.setdefault(origin, []).append(not len(same))
+                assert target.tolist() == np.eye(4)[labels[origin]].tolist()
+    assert len(mirrored) == 20
+    assert all(a != b and a == c for a, b, c in mirrored.values())
+    assert 0 < sum(flips[0] for flips in mirrored.values()) < 20
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_images_are_shifted_by_whole_pixels_and_cut_out_of_or_enlarged(share):
+    # every pixel tells where it is
+    rows, columns = np.mgrid[0:32, 0:32] * 4
+    image = np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+    images = classifier.shift_zoom_or_cut_out(
+        image[None].repeat(200, axis=0), np.random.default_rng(0), share
+    )
+    assert images.shape == (200, 32, 32, 3)
+    grey = (images == 128).all(axis=-1)
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    shifts = [(padded[y : y + 32, x : x + 32], (y, x)) for y in range(5) for x in range(5)]
+    found = []
+    for shifted, hole in zip(images, grey, strict=True):
+        found.append([shift for whole, shift in shifts if (whole[~hole] == shifted[~hole]).all()])
+    cut_out = np.array([bool(matches) for matches in found])
+    assert abs((~cut_out).mean() - share) < 0.1
+    assert len({matches[0] for matches in found if matches}) > 15
+    for hole in grey[cut_out]:  # a square of 8 pixels
+        assert hole.sum() == 64
+        assert hole.any(axis=0).sum() == hole.any(axis=1).sum() == 8
+    assert not grey[~cut_out].any()
+    inside = images[~cut_out, 8:24, 8:24, :2].astype(float)
+    slopes = np.gradient(inside[..., 0], axis=1).mean(axis=(1, 2)) / 4
+    assert 0.74 < min(slopes) < 0.8
+    assert 0.95 < max(slopes) < 1.01
+
+
+def test_feature_maps_are_fed_as_they_are():
+    maps = np.random.default_rng(0).normal(size=(6, 4, 4, 5)).astype(np.float16)
+    batches = classifier.LabelledBatches(maps, np.zeros(6, int), 2, 6)
+    fed, _ = batches[0]
+    assert fed.dtype == np.float32
+    np.testing.assert_array_equal(fed, maps.astype(np.float32))
+
+
 @pytest.fixture(scope="module")
 def classified(trained, tmp_path_factory):
-    """Output folder with simple_photos and a classifier of the photographs, and what its training printed."""
-    out = shutil.copytree(trained[0], tmp_path_factory.mktemp("classified") / "out")
-    code, printed, err = run("classifier.py", *ARGUMENTS, "--out", out)
-    assert code == 0, err
-    return out, printed
+    """A classifier of the photographs, beside the short training of a denoiser."""
+    out = shutil.copytree(trained.out, tmp_path_factory.mktemp("classified") / "out")
+    return run_of(classifier, out, *TRAIN)
+
+
+@pytest.fixture
+def copied(classified, tmp_path):
+    return shutil.copytree(classified.out, tmp_path / "out")
+
+
+def evaluation_of(out, name=CLASSIFIER):
+    return util.read_record(out, name)["evaluation"]["photos, 16 images"]
 
 
 def test_run_prints_and_writes_its_results(classified):
-    out, printed = classified
-    lines = table_rows(printed)
-    assert "| sigma |" in printed
+    lines = table_rows(classified.printed)
+    assert "| sigma |" in classified.printed
     assert len(lines) == 5
-    assert printed.count("most confused") == 3
-    record = util.read_record(out, "classifier_photos")
-    rows = record["evaluation"]["photos, 32 images"]
-    shown = {(row["sigma"], row["images"]): row["accuracy"] for row in rows}
+    assert classified.printed.count("most confused") == 3
+    record = util.read_record(classified.out, CLASSIFIER)
+    shown = {(row["sigma"], row["images"]): row["accuracy"] for row in evaluation_of(classified.out)}
     assert len(shown) == 11
-    assert f"clean: {shown[0, 'clean']:.2f} (" in printed
-    assert f" {shown[50, 'simple_photos']:.2f} (" in lines[3]
+    assert f"clean: {shown[0, 'clean']:.2f} (" in classified.printed
+    assert f" {shown[50, NAME]:.2f} (" in lines[3]
     assert shown[0, "clean"] > 60
-    log = (out / "logs/classifier_photos.csv").read_text().split()
-    assert [row[:4] for row in log[1:]] == ["1,1,", "1,2,", "2,3,", "2,4,"]
+    rows = util.read_csv(classified.out / f"logs/{CLASSIFIER}.csv")
+    assert [(row["round"], row["epoch"]) for row in rows] == [(1, 1), (1, 2), (2, 3), (2, 4)]
     assert [row["round"] for row in record["best"]] == [1, 2]
-    assert [row["val_loss"] for row in record["best"]] == [
-        min(float(row.split(",")[5]) for row in part) for part in (log[1:3], log[3:5])
-    ]
-    for kind in ("clean_confusion", "noisy_confusion", "denoised_confusion", "sigma", "history"):
-        assert iio.imread(out / f"figures/classifier_photos_{kind}.png").std() > 5
+    best = [min(row["val_loss"] for row in part) for part in (rows[:2], rows[2:])]
+    assert [row["val_loss"] for row in record["best"]] == best
 
 
-def test_saved_classifier_needs_keras_alone(classified, tmp_path):
-    out = classified[0]
-    data = load_data("photos")
-    images = util.to_float(data.images["test"])
-    np.save(tmp_path / "images.npy", images)
-    code = (
-        "import sys, numpy, keras\n"
-        f"model = keras.models.model_from_json(open({str(out / 'models/classifier_photos.json')!r}).read())\n"
-        f"model.load_weights({str(out / 'weights/classifier_photos.weights.h5')!r})\n"
-        "assert not model.compiled and model.dtype_policy.name == 'float32'\n"
-        "probabilities = model.predict(numpy.load('images.npy'), verbose=0)\n"
-        "numpy.save('probabilities.npy', probabilities)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    probabilities = np.load(tmp_path / "probabilities.npy")
+def test_figures_show_what_was_measured(classified):
+    shown = {(row["sigma"], row["images"]): row["accuracy"] for row in evaluation_of(classified.out)}
+    kinds = ("clean_confusion", "noisy_confusion", "denoised_confusion", "sigma", "history")
+    assert set(classified.figures) == {f"{CLASSIFIER}_{kind}.png" for kind in kinds}
+    ((x, y, curves),) = curves_of(classified.figures[f"{CLASSIFIER}_sigma.png"])
+    assert (x, y) == ("sigma", "accuracy in %")
+    assert curves[0] == ([15, 75], 2 * [shown[0, "clean"]])
+    for kind, curve in zip(("noisy", NAME), curves[1:], strict=True):
+        assert curve == ([15, 25, 35, 50, 75], [shown[sigma, kind] for sigma in (15, 25, 35, 50, 75)])
+    assert legend_of(classified.figures[f"{CLASSIFIER}_sigma.png"]) == ["clean", "noisy", NAME]
+    rows = util.read_csv(classified.out / f"logs/{CLASSIFIER}.csv")
+    for _, name, (_, validation) in curves_of(classified.figures[f"{CLASSIFIER}_history.png"]):
+        assert validation == ([1, 2, 3, 4], [row[f"val_{name}"] for row in rows])
+
+
+def test_confusion_is_shown_in_percent_of_the_true_class():
+    labels, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0])
+    axis = classifier.confusion_figure(labels, predicted, ("cat", "dog", "frog"), "clean").axes[0]
+    np.testing.assert_allclose(axis.images[0].get_array(), [[75, 25, 0], [50, 50, 0], [0, 0, 0]])
+    assert axis.images[0].get_clim() == (0, 100)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["cat", "dog", "frog"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog", "frog"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted", "true")
+    assert axis.get_title() == "clean: 66.67 %"
+
+
+def test_saved_classifier_needs_keras_alone(classified, photographs, predicted_by_keras_alone):
+    images = util.to_float(photographs.images["test"])
+    probabilities = predicted_by_keras_alone(classified.out, CLASSIFIER, images)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    right = np.mean(probabilities.argmax(axis=1) == data.labels["test"])
-    rows = util.read_record(out, "classifier_photos")["evaluation"]["photos, 32 images"]
-    assert 100 * right == pytest.approx(rows[0]["accuracy"])
+    right = np.mean(probabilities.argmax(axis=1) == photographs.labels["test"])
+    assert 100 * right == pytest.approx(evaluation_of(classified.out)[0]["accuracy"])
 
 
-def test_evaluate_gives_the_same_again(classified, tmp_path, capsys):
-    out, printed = shutil.copytree(classified[0], tmp_path / "out"), classified[1]
-    before = util.read_record(out, "classifier_photos")
-    classifier.main(["evaluate", "--dataset=photos", f"--out={out}"])
-    assert table_rows(capsys.readouterr().out) == table_rows(printed)
-    assert util.read_record(out, "classifier_photos")["evaluation"] == before["evaluation"]
+def test_evaluate_gives_the_same_again(classified, copied):
+    evaluate = ["evaluate", "--dataset=photos", "--out", copied]
+    before = evaluation_of(copied)
+    assert table_rows(printed_by(classifier, *evaluate)) == table_rows(classified.printed)
+    assert evaluation_of(copied) == before
     for name in ("models/autoencoder_{}.json", "weights/autoencoder_{}.weights.h5"):
-        shutil.copy(out / name.format("simple_photos"), out / name.format("simple_other"))
-    classifier.main(["evaluate", "--dataset=photos", f"--out={out}", "--denoisers=simple_other"])
-    rows = util.read_record(out, "classifier_photos")["evaluation"]["photos, 32 images"]
+        shutil.copy(copied / name.format(NAME), copied / name.format("simple_other"))
+    printed_by(classifier, *evaluate, "--denoisers=simple_other")
+    rows = evaluation_of(copied)
     kept = [row for row in rows if row["images"] != "simple_other"]
-    assert kept == before["evaluation"]["photos, 32 images"]
+    assert kept == before
     assert len(rows) == len(kept) + 5
 
 
-def test_evaluate_takes_images_of_the_size_that_was_trained_on(classified, tmp_path):
-    out = shutil.copytree(classified[0], tmp_path / "out")
-    arguments = ["--dataset=photos", f"--out={out}", "--name=classifier_small"]
-    few = ["--size=24", "--limit=3400", "--epochs=1", "--rounds=1", "--widths", "16", "16", "16"]
-    classifier.main([*arguments, *few])
-    classifier.main(["evaluate", *arguments])
-    with pytest.raises(util.ModelError, match=r"classifies \(24, 24, 3\), not images \(48, 48, 3\); choose"):
-        classifier.main(["evaluate", *arguments, "--size=48"])
+def test_feature_maps_are_classified_instead_of_images(copied):
+    arguments = ["--dataset=photos", f"--features={NAME}", "--out", copied]
+    printed = printed_by(classifier, *arguments, *SHORT[1:], "--epochs=1", "--rounds=1")
+    name = f"{CLASSIFIER}_{NAME}"
+    assert (copied / f"feature_maps/{NAME}_train_pool8.h5").exists()
+    assert util.load_model(copied, name).input_shape == (None, 8, 8, 12)
+    assert table_rows(printed_by(classifier, "evaluate", *arguments)) == table_rows(printed)
+    line = told_line(printed_by, classifier, "evaluate", arguments[0], f"--name={name}", *arguments[2:])
+    assert line.endswith(f"{name}.json: a classifier of {NAME}; give --features {NAME}")
+    line = told_line(printed_by, classifier, "evaluate", *arguments, f"--name={CLASSIFIER}")
+    assert line.endswith("a classifier of images; leave out --features")
 
 
-def test_feature_maps_are_classified_instead_of_images(classified, capsys):
-    out = classified[0]
-    arguments = ["--dataset=photos", "--features=simple_photos", f"--out={out}"]
-    classifier.main([*arguments, "--limit=800", "--batch-size=100", "--epochs=1", "--rounds=1"])
-    printed = capsys.readouterr().out
-    name = "classifier_photos_simple_photos"
-    assert (out / "feature_maps/simple_photos_train_pool8.h5").exists()
-    assert util.load_model(out, name).input_shape == (None, 8, 8, 48)
-    classifier.main(["evaluate", *arguments])
-    assert table_rows(capsys.readouterr().out) == table_rows(printed)
-    with pytest.raises(util.ModelError, match="a classifier of simple_photos; give --features simple_photos"):
-        classifier.main(["evaluate", "--dataset=photos", f"--name={name}", f"--out={out}"])
-    with pytest.raises(util.ModelError, match="a classifier of images; leave out --features"):
-        classifier.main(["evaluate", *arguments, "--name=classifier_photos"])
+def test_training_that_is_interrupted_everywhere_resumes_to_the_same_weights(classified, tmp_path):
+    command = TRAIN
+    for reached in ("Epoch 2/2", "Epoch 1/2", "Accuracy in %"):  # of round one, of round two, of the end
+        told = stop_at(reached, classifier, *command, "--out", tmp_path)
+        assert told.endswith(f"classifier.py --resume --name {CLASSIFIER} --out {tmp_path}")
+        assert not (tmp_path / f"models/{CLASSIFIER}.json").exists()
+        command = ["--resume", f"--name={CLASSIFIER}"]
+    printed_by(classifier, *command, "--out", tmp_path)
+    assert_same_weights(tmp_path, classified.out, CLASSIFIER, part=None)
 
 
-def test_interrupted_training_resumes_to_the_same_weights(classified, tmp_path):
-    arguments = [*ARGUMENTS, "--out", tmp_path]
-    process = start("classifier.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    for _ in ("first round", "second round"):
-        while "Epoch 2/2" not in process.stdout.readline():
-            assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
-    assert "--resume" in err
-    assert not (tmp_path / "models/classifier_photos.json").exists()
-    code, _, err = run("classifier.py", "--resume", "--name=classifier_photos", "--out", tmp_path)
-    assert code == 0, err
-    for ours, theirs in zip(
-        util.load_model(tmp_path, "classifier_photos").get_weights(),
-        util.load_model(classified[0], "classifier_photos").get_weights(),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-def test_training_goes_on_from_a_saved_classifier(classified, tmp_path):
-    out = shutil.copytree(classified[0], tmp_path / "out")
-    arguments = [*ARGUMENTS, f"--out={out}", "--start=classifier_photos", "--rounds=1"]
-    classifier.main([*arguments, "--name=classifier_again", "--learning-rate=1e-9"])
-    saved = [util.load_model(out, name) for name in ("classifier_photos", "classifier_again")]
+def test_training_goes_on_from_a_saved_classifier(copied):
+    arguments = [*SHORT, "--epochs=1", "--rounds=1", f"--start={CLASSIFIER}", "--out", copied]
+    printed_by(classifier, *arguments, "--name=classifier_again", "--learning-rate=1e-9")
+    saved = [util.load_model(copied, name) for name in (CLASSIFIER, "classifier_again")]
     for before, after in zip(*(model.trainable_variables for model in saved), strict=True):
         np.testing.assert_allclose(after, before, atol=1e-3)
-    assert util.read_record(out, "classifier_again")["arguments"]["start"] == "classifier_photos"
+    assert util.read_record(copied, "classifier_again")["arguments"]["start"] == CLASSIFIER
     np.testing.assert_array_equal(*(model.get_layer("whitening").kernel for model in saved))
-    with pytest.raises(util.ModelError, match="classifier_photos.json: of another architecture"):
-        classifier.main([*arguments, "--name=classifier_wider", "--widths", "16", "32", "48"])
+    wider = ["--name=classifier_wider", "--widths", "16", "32", "48"]
+    line = told_line(printed_by, classifier, *arguments, *wider)
+    assert f"{CLASSIFIER}.json: of another architecture" in line
 
 
-def test_what_does_not_fit_is_told(classified, tmp_path):
-    out = shutil.copytree(classified[0], tmp_path / "out")
-    evaluate = ["evaluate", "--dataset=photos", f"--out={out}"]
-    with pytest.raises(util.ModelError, match="autoencoder_blur.json: not found; there is simple_photos"):
-        classifier.main([*evaluate, "--denoisers", "blur"])
-    with pytest.raises(util.ModelError, match="classifier_cifar10.json: not found; there is classifier_p"):
-        classifier.main([*evaluate, "--name=classifier_cifar10"])
-    weights = out / "weights/classifier_photos.weights.h5"
+def test_what_does_not_fit_is_told(copied):
+    evaluate = ["evaluate", "--dataset=photos", "--out", copied]
+    record, weights = copied / f"logs/{CLASSIFIER}.json", copied / f"weights/{CLASSIFIER}.weights.h5"
+    told = {
+        "--denoisers=blur": f"autoencoder_blur.json: not found; there is {NAME}",
+        "--name=classifier_cifar10": f"classifier_cifar10.json: not found; there is {CLASSIFIER}",
+        "--size=32": f"{record}: classifies (24, 24, 3), not images (32, 32, 3); choose another --size",
+    }
+    for argument, expected in told.items():
+        assert told_line(printed_by, classifier, *evaluate, argument).endswith(expected)
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(util.ModelError, match="classifier_photos.weights.h5: not the file that"):
-        classifier.main(evaluate)
+    assert f"{weights}: not the file that" in told_line(printed_by, classifier, *evaluate)
     weights.write_bytes(whole)
-    path = out / "logs/classifier_photos.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": ["ship", "truck"]}))
-    with pytest.raises(util.ModelError, match="not a classifier of the classes of photos; choose"):
-        classifier.main(evaluate)
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"class_names": ["ship", "truck"]}))
+    line = told_line(printed_by, classifier, *evaluate)
+    assert line == f"{record}: not a classifier of the classes of photos; choose another --name"
 
 
 def test_one_class_is_refused(tmp_path):
-    with pytest.raises(DataError, match="its training images are all of one class; raise --limit"):
-        classifier.main(["--dataset=photos", "--limit=10", f"--out={tmp_path}"])
-    assert not list(tmp_path.rglob("*classifier_photos*"))
+    line = told_line(printed_by, classifier, *TRAIN, "--limit=10", "--out", tmp_path)
+    assert line.startswith("photos: its training images are all of one class; raise --limit")
+    assert not list(tmp_path.rglob(f"*{CLASSIFIER}*"))
+
+
+@pytest.mark.parametrize("argument", ["--epochs=2", "--rounds=0", "--widths=5", "--features=a/b", "denoise"])
+def test_wrong_usage_is_told(argument):
+    assert "error: " in usage_error(classifier.parse_args, [argument])
+
+
+def test_default_epochs_are_those_of_all_rounds():
+    args = classifier.parse_args([])
+    assert (args.epochs, args.rounds, args.name) == (45, 3, "classifier_cifar10")
+    assert classifier.parse_args(["--features=simple_cifar10"]).name == "classifier_cifar10_simple_cifar10"

@@ -1,28 +1,41 @@
 import hashlib
 import itertools
 import mmap
+import os
 import pickle
 
 import load_data
-from load_data import (
-    Batches,
-    DataError,
-    LabelledBatches,
-    add_noise,
-    read_cifar10_batch,
-    read_picture,
-    shift_zoom_or_cut_out,
-)
+import stl10_input
+from load_data import Batches, DataError, add_noise, read_cifar10_batch, read_picture
 from stl10_input import IMAGE_BYTES
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from conftest import (
+    archive_of,
+    cifar_pickle,
+    labels_of,
+    largest_file,
+    pixels_of,
+    random_images,
+    start,
+    stl10_files,
+    told_line,
+    usage_error,
+    without_greeting,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 
+ON_NUMPY = {"KERAS_BACKEND": "numpy"}  # which starts fast
 
-def random_images(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+seeds = st.integers(0, 2**32 - 1)
+sigmas = st.floats(0, 255)
+sides = st.integers(1, 60)
+pictures = arrays(np.uint8, array_shapes(min_dims=3, max_dims=3, max_side=12).map(lambda shape: (2, *shape)))
 
 
 def test_noise_has_the_asked_deviation_and_no_bias():
@@ -43,10 +56,21 @@ def test_noise_is_white_and_not_clipped():
         assert abs(np.corrcoef(noisy.ravel(), shifted.ravel())[0, 1]) < 4 / np.sqrt(noisy.size)
 
 
-def test_noise_is_that_of_the_protocol():
-    images = random_images(5, 8, 8, 3)
-    expected = images / 255 + np.random.default_rng(0).normal(0, 25 / 255, images.shape)
-    np.testing.assert_allclose(add_noise(images, 25), expected, atol=1e-6)
+@given(pictures, sigmas, seeds)
+def test_noise_is_that_of_its_seed_and_sigma(clean, sigma, seed):
+    for rng, noise_seed in ((None, 0), (np.random.default_rng(seed), seed)):  # by default the protocol's
+        noisy = add_noise(clean, sigma, rng)
+        assert (noisy.dtype, noisy.shape) == (np.float32, clean.shape)
+        expected = clean / 255 + np.random.default_rng(noise_seed).normal(0, sigma / 255, clean.shape)
+        np.testing.assert_allclose(noisy, expected, atol=1e-5)
+
+
+@given(pictures, st.lists(sigmas, min_size=2, max_size=2))
+def test_noise_without_sigma_is_none_and_scales_with_it(clean, sigma):
+    zero = add_noise(clean, 0)
+    np.testing.assert_allclose(zero, clean / np.float32(255), atol=1e-6)
+    noise, unit = add_noise(clean, sigma) - zero, add_noise(clean, 1) - zero
+    np.testing.assert_allclose(noise, unit * np.reshape(sigma, (2, 1, 1, 1)), atol=1e-3)
 
 
 def test_noise_piece_by_piece_is_the_noise_of_the_whole():
@@ -63,17 +87,6 @@ def test_noise_of_one_sigma_for_each_image():
         add_noise(np.zeros((1, 2, 2, 3), np.uint8), -1)
 
 
-def cifar_pickle(images, labels, recipe=b"cnumpy.core.multiarray\n_reconstruct\n"):
-    """A batch in the form of the official ones: protocol 2, numpy names of 2009, byte strings."""
-    raw = images.transpose(0, 3, 1, 2).tobytes()
-    shape = b"J" + len(images).to_bytes(4, "little") + b"M\x00\x0c\x86"
-    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    array = recipe + b"cnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01" + shape + dtype + b"\x89T"
-    array += len(raw).to_bytes(4, "little") + raw + b"tb"
-    listed = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
-    return b"\x80\x02}(U\x04data" + array + b"U\x06labels" + listed + b"u."
-
-
 def test_cifar10_batch_is_read_in_its_order(tmp_path):
     images = random_images(4, 32, 32, 3)
     content = cifar_pickle(images, [3, 8, 8, 0])
@@ -81,12 +94,6 @@ def test_cifar10_batch_is_read_in_its_order(tmp_path):
     read, labels = read_cifar10_batch(tmp_path / "test_batch", hashlib.md5(content).hexdigest())
     np.testing.assert_array_equal(read, images)
     assert labels.tolist() == [3, 8, 8, 0]
-
-
-def test_cifar10_checksum_comes_before_unpickling(tmp_path):
-    (tmp_path / "test_batch").write_bytes(cifar_pickle(random_images(1, 32, 32, 3), [0]))
-    with pytest.raises(DataError, match="test_batch: wrong MD5; delete it"):
-        read_cifar10_batch(tmp_path / "test_batch", "0" * 32)
 
 
 class Evil:
@@ -97,48 +104,33 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-def test_foreign_code_in_a_pickle_does_not_run(tmp_path):
-    (tmp_path / "test_batch").write_bytes(pickle.dumps({"data": Evil(tmp_path / "ran"), "labels": []}, 2))
-    with pytest.raises(DataError, match="it asks for"):
-        read_cifar10_batch(tmp_path / "test_batch")
+def test_cifar10_checksum_comes_before_unpickling(tmp_path):
+    md5 = hashlib.md5(cifar_pickle(random_images(1, 32, 32, 3), [0])).hexdigest()
+    hostile = pickle.dumps({"data": Evil(tmp_path / "ran"), "labels": []}, 2)
+    for content in (hostile, b"", cifar_pickle(random_images(1, 32, 32, 3), [1])):
+        (tmp_path / "test_batch").write_bytes(content)
+        with pytest.raises(DataError, match="test_batch: wrong MD5; delete it and run again to download it"):
+            read_cifar10_batch(tmp_path / "test_batch", md5)
     assert not (tmp_path / "ran").exists()
 
 
-def test_numpy_functions_beyond_the_admitted_are_refused(tmp_path):
-    content = cifar_pickle(random_images(1, 32, 32, 3), [0], b"cnumpy\nsave\n")
-    (tmp_path / "test_batch").write_bytes(content)
-    with pytest.raises(DataError, match="it asks for numpy.save"):
-        read_cifar10_batch(tmp_path / "test_batch")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"not a pickle",
-        pickle.dumps([]),
-        cifar_pickle(random_images(2, 32, 32, 3), [0]),
-        cifar_pickle(random_images(1, 32, 32, 3), [10]),
-        cifar_pickle(random_images(1, 32, 32, 3), [0])[:1000],
-    ],
-)
-def test_damaged_cifar10_batch_is_told(tmp_path, content):
-    (tmp_path / "test_batch").write_bytes(content)
-    with pytest.raises(DataError, match="test_batch: .*; delete it and run again"):
-        read_cifar10_batch(tmp_path / "test_batch")
+def cifar10_batches(monkeypatch, *shape):
+    """Small batches, of images (N, H, W, 3) enlarged to 32x32, that scripts take for the official ones."""
+    files, enlarge = {}, 32 // shape[1]
+    for index, name in enumerate(load_data.CIFAR10_FILE_MD5):
+        images = random_images(*shape, seed=index).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+        files[name] = cifar_pickle(images, [n % 10 for n in range(len(images))])
+    checksums = {name: hashlib.md5(raw).hexdigest() for name, raw in files.items()}
+    monkeypatch.setattr(load_data, "CIFAR10_FILE_MD5", checksums)
+    return files
 
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     """A small CIFAR-10 in `tmp_path`, of 6 x 20 images."""
-    checksums = {}
-    for index, name in enumerate(load_data.CIFAR10_FILE_MD5):
-        images = random_images(20, 32, 32, 3, seed=index)
-        content = cifar_pickle(images, [n % 10 for n in range(20)])
+    for name, content in cifar10_batches(monkeypatch, 20, 32, 32, 3).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-        checksums[name] = hashlib.md5(content).hexdigest()
-    monkeypatch.setattr(load_data, "CIFAR10_FILE_MD5", checksums)
     return tmp_path
 
 
@@ -152,8 +144,7 @@ def test_validation_split_is_fixed_and_disjoint(cifar10):
     np.testing.assert_array_equal(data.images["validation"], again.images["validation"])
     known = {image.tobytes() for image in data.images["train"]}
     assert not known & {image.tobytes() for image in data.images["validation"]}
-    test_batch = read_cifar10_batch(cifar10 / "cifar-10-batches-py/test_batch")[0]
-    np.testing.assert_array_equal(data.images["test"], test_batch)
+    np.testing.assert_array_equal(data.images["test"], random_images(20, 32, 32, 3, seed=5))
 
 
 def test_limit_takes_the_first_and_leaves_validation_alone(cifar10):
@@ -166,14 +157,9 @@ def test_limit_takes_the_first_and_leaves_validation_alone(cifar10):
 
 
 @pytest.fixture
-def stl10(tmp_path, monkeypatch):
+def stl10(tmp_path):
     """A small STL-10 in `tmp_path`."""
-    (tmp_path / "stl10_binary").mkdir()
-    for split, count in (("train", 30), ("test", 12), ("unlabeled", 25)):
-        random_images(count * IMAGE_BYTES).tofile(tmp_path / f"stl10_binary/{split}_X.bin")
-        labels = np.arange(count, dtype=np.uint8) % 10 + 1
-        labels.tofile(tmp_path / f"stl10_binary/{split}_y.bin")
-    return tmp_path
+    return stl10_files(tmp_path, train=30, test=12, unlabeled=25)
 
 
 def test_stl10_labels_start_at_zero_and_unlabelled_has_none(stl10):
@@ -205,13 +191,57 @@ def test_stl10_refuses_other_sizes(stl10):
         load_data.load_data("stl10", stl10, size=64)
 
 
-@pytest.mark.parametrize("content", [b"", b"no array", None])
-def test_damaged_cache_is_told(stl10, content):
-    load_data.load_data("stl10", stl10, size=48)
-    cache = stl10 / f"cache/stl10_test_48_v{load_data.RESIZED_VERSION}.npy"
-    cache.write_bytes(cache.read_bytes()[:5000] if content is None else content)
-    with pytest.raises(DataError, match=f"{cache}: .*delete it and run again"):
-        load_data.load_data("stl10", stl10, size=48)
+def test_stl10_labels_that_are_not_those_of_the_images(tmp_path):
+    stl10_files(tmp_path, train=3, test=3, unlabeled=3, labels=2)
+    line = told_line(load_data.main, ["--dataset=stl10", "--size=96", f"--data-dir={tmp_path}"])
+    assert line == f"{tmp_path}/stl10_binary/train_y.bin: 2 labels of 3 images; delete it and run again"
+
+
+def test_stl10_file_cut_amid_an_image(stl10):
+    os.truncate(stl10 / "stl10_binary/test_X.bin", 2 * IMAGE_BYTES + 5)
+    line = told_line(load_data.main, ["--dataset=stl10", "--size=96", f"--data-dir={stl10}"])
+    assert line.startswith(f"{stl10}/stl10_binary/test_X.bin: 55,301 bytes is not a whole number of images")
+
+
+def test_cache_of_another_version_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    iio.imwrite(tmp_path / "mine/a.png", random_images(40, 120, 3))
+    arguments = str(tmp_path / "mine"), tmp_path / "data", 16
+    expected = np.array(load_data.load_data(*arguments).images["train"])
+    others = []
+    for path in (tmp_path / "data/cache").iterdir():
+        others.append(path.with_name(path.name.replace(f"_v{load_data.PATCHES_VERSION}", "_v999")))
+        path.unlink()
+        others[-1].write_bytes(b"of a later version")
+    np.testing.assert_array_equal(load_data.load_data(*arguments).images["train"], expected)
+    assert {path.read_bytes() for path in others} == {b"of a later version"}
+
+
+def as_archive(path):
+    with path.open("wb") as file:
+        np.savez(file, random_images(3, 8, 8, 3))
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "no array": lambda path: path.write_bytes(b"no array"),
+    "cut": lambda path: os.truncate(path, 300),
+    "of another shape": lambda path: np.save(path, np.zeros((3, 9, 8, 3), np.uint8)),
+    "of another type": lambda path: np.save(path, np.zeros((3, 8, 8, 3))),
+    "an archive": as_archive,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cache_is_told(tmp_path, damage):
+    cache, images = tmp_path / "cache.npy", random_images(3, 16, 16, 3)
+    resized = load_data._cached_resize(images, 8, cache)
+    np.testing.assert_array_equal(resized, load_data.resize(images, 8))
+    del resized
+    DAMAGES[damage](cache)
+    line = told_line(load_data._cached_resize, images, 8, cache)
+    assert line.startswith(f"{cache}: ")
+    assert line.endswith("delete it and run again")
 
 
 def test_resizing_is_antialiased():
@@ -231,7 +261,7 @@ def test_photos_need_no_download_and_share_no_pixel():
 
 def test_patches_of_different_splits_come_from_different_columns():
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (60, 200, 3))
-    images, _ = load_data._cut_and_split([(columns, 0)], 1, 10)
+    images, _ = load_data._cut_and_split([columns], [0], 10)
     seen = {split: set(np.unique(patches)) for split, patches in images.items()}
     for one, other in itertools.combinations(seen.values(), 2):
         assert not one & other
@@ -249,8 +279,7 @@ def test_training_patches_are_cut_from_smaller_copies_too():
     whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}
     half = load_data.shrunk(blocks, 2)
     halves = {half[r : r + 16, c : c + 16].tobytes() for r in range(0, 33, 4) for c in range(0, 33, 4)}
-    pictures = [(blocks, index) for index in range(10)]
-    images, labels = load_data._cut_and_split(pictures, 10, 16)
+    images, labels = load_data._cut_and_split([blocks] * 10, range(10), 16)
     seen = {split: {patch.tobytes() for patch in patches} for split, patches in images.items()}
     assert whole < seen["train"] and halves < seen["train"]
     assert len(seen["train"]) == len(whole) + len(halves) + 5 * 5  # of a quarter: 24x24, 2 pixels apart
@@ -258,10 +287,36 @@ def test_training_patches_are_cut_from_smaller_copies_too():
     assert np.bincount(labels["train"]).max() == len(seen["train"])
 
 
+@given(sides, sides, st.integers(12, 20), st.integers(1, 80), st.booleans(), seeds)
+def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, training, seed):
+    picture = random_images(height, width, 3, seed=seed)
+    patches = load_data._cut(picture, size, training, at_most, np.random.default_rng(seed))
+    step = size // 2 if training else size
+    places = len(load_data.corners(picture, size, step))
+    assert min(places, at_most) <= len(patches) <= at_most
+    if 0 < len(patches) == places:
+        windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))
+        expected = windows[::step, ::step].transpose(0, 1, 3, 4, 2)
+        np.testing.assert_array_equal(patches, expected.reshape(patches.shape))
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(10, 1), (20, 1), (21, 2), (100, 5)])
+def test_a_twentieth_of_the_pictures_each_is_held_out(count, held_out):
+    splits = load_data.split_pictures([0] * count).tolist()
+    assert [splits.count(split) for split in ("validation", "test")] == [held_out, held_out]
+    assert splits.count("train") == count - 2 * held_out
+
+
+def test_a_class_is_split_alike_whatever_lies_beside_it():
+    alone = load_data.split_pictures(["b"] * 40).tolist()
+    assert load_data.split_pictures(["a"] * 10 + ["b"] * 40).tolist()[10:] == alone
+    few = load_data.split_pictures(["a"] * 9 + ["b"] * 40).tolist()
+    assert few == load_data.split_pictures([0] * 49).tolist()
+
+
 def test_patches_of_a_picture_are_limited(monkeypatch):
     monkeypatch.setattr(load_data, "MAX_PATCHES", 300)
-    pictures = [(picture, 0) for picture in random_images(10, 96, 96, 3)]
-    images, _ = load_data._cut_and_split(pictures, 10, 16)
+    images, _ = load_data._cut_and_split(random_images(10, 96, 96, 3), [0] * 10, 16)
     assert len(images["train"]) == 8 * 30
     assert len({patch.tobytes() for patch in images["train"]}) == 8 * 30
 
@@ -304,7 +359,7 @@ def test_pictures_beside_subfolders_are_a_class_and_hidden_ones_none(folder, tmp
         iio.imwrite(folder / name, random_images(64, 80, 3))
     data = load_data.load_data(str(folder), tmp_path / "data", size=32)
     assert data.class_names == ("cats", "dogs", "pictures")
-    assert len(load_data._image_files(folder)) == 13
+    assert len(load_data.image_files(folder)) == 13
 
 
 def test_unreadable_picture_in_a_folder_is_named_and_left_out(folder, tmp_path, capsys):
@@ -349,21 +404,10 @@ def test_picture_of_floating_point_is_refused(tmp_path):
         read_picture(tmp_path / "float.tif")
 
 
-def test_exif_orientation_is_respected(tmp_path):
-    rgb = random_images(6, 4, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
-    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(tmp_path / "turned.png"), np.rot90(rgb, -1))
-
-
-def test_dataset_names():
-    assert load_data.dataset_name("cifar10") == "cifar10"
-    assert load_data.dataset_name("/some/where/my holiday.2020/") == "my_holiday_2020"
-
-
-def test_folder_named_like_a_built_in_set_does_not_take_its_name():
-    assert load_data.dataset_name("/home/me/photos") == "photos_folder"
+def test_folder_names_its_data_set_but_never_as_a_built_in_one():
+    names = {"cifar10": "cifar10", "/a/my holiday.2020/": "my_holiday_2020", "/my/photos": "photos_folder"}
+    for dataset, name in names.items():
+        assert load_data.dataset_name(dataset) == name
 
 
 def test_pca_keeps_the_asked_share_of_energy():
@@ -385,8 +429,8 @@ def test_batches_cover_an_epoch_once_and_mirror_some():
     assert len(batches) == 3
     seen, mirrored = [], 0
     for index in range(3):
-        clean, target = batches[index]
-        assert clean.dtype == np.float32
+        (clean, sigma), target = batches[index]
+        assert clean.dtype == sigma.dtype == np.float32
         np.testing.assert_array_equal(clean, target)
         pixels = np.round(clean * 255)
         seen += pixels[:, 0, 1, 0].tolist()
@@ -400,20 +444,11 @@ def test_batches_depend_on_seed_and_epoch_alone():
     one, other = Batches(images, 4, seed=1), Batches(images, 4, seed=1)
     one.go_to(2)
     other.go_to(2)
-    np.testing.assert_array_equal(one[1][0], other[1][0])
+    for ours, theirs in zip(one[1][0], other[1][0], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     other.go_to(3)
-    assert not np.array_equal(one[1][0], other[1][0])
+    assert not np.array_equal(one[1][1], other[1][1])
     assert len(Batches(images, 100)) == 1
-
-
-def test_batches_take_the_colour_from_a_share_of_the_images():
-    images = random_images(200, 4, 4, 3)
-    batches = Batches(images, 100, grey=0.3)
-    fed = np.concatenate([batches[index][0] for index in range(2)])
-    grey = (fed == fed[..., :1]).all(axis=(1, 2, 3))
-    assert 0.2 < grey.mean() < 0.4
-    means = sorted(np.round(images.mean(axis=-1)).sum(axis=(1, 2)).tolist())
-    assert set(np.round(fed[grey, ..., 0] * 255).sum(axis=(1, 2)).tolist()) <= set(means)
 
 
 def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
@@ -422,16 +457,34 @@ def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
     batches = Batches(images, 20)
     assert isinstance(batches._mapped, mmap.mmap)
     chosen = np.sort(batches.order[:20])
-    for image, index in zip(np.round(batches[0][0] * 255), chosen, strict=True):
+    for image, index in zip(np.round(batches[0][1] * 255), chosen, strict=True):
         assert (image == images[index]).all() or (image == images[index][:, ::-1]).all()
 
 
-def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys):
-    load_data.main(["--dataset", "photos", "--size", "32", "--out", str(tmp_path)])
+@given(st.integers(1, 50), sides, seeds, st.integers(0, 1000))
+def test_batches_show_every_image_at_most_once_in_an_epoch(count, batch_size, seed, epoch):
+    clean = np.zeros((count, 2, 2, 3), np.uint8) + np.arange(count, dtype=np.uint8)[:, None, None, None]
+    batches = Batches(clean, batch_size, seed)
+    batches.go_to(epoch)
+    seen = [value for index in range(len(batches)) for value in np.round(batches[index][1][:, 0, 0, 0] * 255)]
+    assert len(seen) == len(set(seen)) > count - min(batch_size, count)
+
+
+def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(load_data, "save_figure", lambda figure, path: drawn.update({path.suffix: figure}))
+    load_data.main(["--dataset", "photos", "--size=16", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "|      train |" in printed
     assert "keep 95%" in printed
-    assert iio.imread(tmp_path / "figures/data_photos.png").shape[0] > 300
+    assert list((tmp_path / "figures").iterdir()) == [tmp_path / "figures/data_photos.png"]
+    clean = load_data.load_data("photos", size=16).images["test"][:8]
+    (shown, labels), columns = (part(drawn[".png"]) for part in (pixels_of, labels_of)), 8
+    assert [label for label, _ in labels[::columns]] == ["clean", *(f"sigma {s}" for s in load_data.SIGMAS)]
+    np.testing.assert_array_equal(shown[:columns], clean)
+    noisy = load_data.to_uint8(add_noise(clean, 15))
+    np.testing.assert_array_equal(shown[columns : 2 * columns], noisy)
+    assert labels[columns][1] == f"{load_data.psnr(clean, noisy)[0]:.1f} dB"
 
 
 PIXELS = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), np.uint16)
@@ -462,18 +515,6 @@ def test_pixels_are_written_and_read_without_loss(tmp_path, channels, suffix, de
         assert read_alpha is None
     else:
         np.testing.assert_array_equal(read_alpha, alpha)
-
-
-def test_pixels_are_upright_and_of_a_palette_coloured(tmp_path):
-    rgb = random_images(4, 6, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
-    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(load_data.read_pixels(tmp_path / "turned.png")[0], np.rot90(rgb, -1))
-    Image.fromarray(rgb).quantize(256).save(tmp_path / "palette.png")
-    pixels, alpha, _ = load_data.read_pixels(tmp_path / "palette.png")
-    assert pixels.shape == (4, 6, 3)
-    assert alpha is None
 
 
 def turned_exif(orientation):
@@ -614,57 +655,112 @@ def test_pixels_that_would_be_cut_are_refused(tmp_path):
         load_data.read_pixels(tmp_path / "a.gif")
 
 
-def test_labelled_batches_mirror_each_image_in_every_other_epoch(monkeypatch):
-    monkeypatch.setattr("load_data.shift_zoom_or_cut_out", lambda images, rng, share: images)
-    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
-    labels = np.arange(20) % 4
-    batches = LabelledBatches(images, labels, 4, 5, seed=1)
-    as_float = images / np.float32(255)
-    mirrored = {}
-    for epoch in (0, 1, 2):
-        batches.go_to(epoch)
-        for index in range(len(batches)):
-            fed, one_hot = batches[index]
-            for image, target in zip(fed, one_hot, strict=True):
-                same = np.flatnonzero((as_float == image).all(axis=(1, 2, 3)))
-                other = np.flatnonzero((as_float[:, :, ::-1] == image).all(axis=(1, 2, 3)))
-                (origin,) = np.union1d(same, other)
-                mirrored.setdefault(origin, []).append(not len(same))
-                assert target.tolist() == np.eye(4)[labels[origin]].tolist()
-    assert len(mirrored) == 20
-    assert all(a != b and a == c for a, b, c in mirrored.values())
-    assert 0 < sum(flips[0] for flips in mirrored.values()) < 20
+@pytest.fixture
+def cifar10_server(server, tmp_path, monkeypatch):
+    """The local server has a small CIFAR-10, and the scripts think it the official one."""
+    files = cifar10_batches(monkeypatch, 12, 8, 8, 3)
+    server.content = archive_of(tmp_path / "a.tar.gz", files.items())
+    assert len(server.content) < min(map(len, files.values()))
+    monkeypatch.setattr(load_data, "CIFAR10_URL", server.url)
+    monkeypatch.setattr(load_data, "CIFAR10_ARCHIVE_MD5", hashlib.md5(server.content).hexdigest())
+    monkeypatch.setattr(stl10_input.time, "sleep", lambda seconds: None)
+    return server
 
 
-@pytest.mark.parametrize("share", [0.5, 0.25])
-def test_images_are_shifted_by_whole_pixels_and_cut_out_of_or_enlarged(share):
-    # every pixel tells where it is
-    rows, columns = np.mgrid[0:32, 0:32] * 4
-    image = np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
-    images = shift_zoom_or_cut_out(image[None].repeat(200, axis=0), np.random.default_rng(0), share)
-    assert images.shape == (200, 32, 32, 3)
-    grey = (images == 128).all(axis=-1)
-    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-    shifts = [(padded[y : y + 32, x : x + 32], (y, x)) for y in range(5) for x in range(5)]
-    found = []
-    for shifted, hole in zip(images, grey, strict=True):
-        found.append([shift for whole, shift in shifts if (whole[~hole] == shifted[~hole]).all()])
-    cut_out = np.array([bool(matches) for matches in found])
-    assert abs((~cut_out).mean() - share) < 0.1
-    assert len({matches[0] for matches in found if matches}) > 15
-    for hole in grey[cut_out]:  # a square of 8 pixels
-        assert hole.sum() == 64
-        assert hole.any(axis=0).sum() == hole.any(axis=1).sum() == 8
-    assert not grey[~cut_out].any()
-    inside = images[~cut_out, 8:24, 8:24, :2].astype(float)
-    slopes = np.gradient(inside[..., 0], axis=1).mean(axis=(1, 2)) / 4
-    assert 0.74 < min(slopes) < 0.8
-    assert 0.95 < max(slopes) < 1.01
+def prepare(tmp_path):
+    """Load CIFAR-10 as every script does."""
+    return load_data.load_data("cifar10", tmp_path / "data")
 
 
-def test_feature_maps_are_fed_as_they_are():
-    maps = np.random.default_rng(0).normal(size=(6, 4, 4, 5)).astype(np.float16)
-    batches = LabelledBatches(maps, np.zeros(6, int), 2, 6)
-    fed, _ = batches[0]
-    assert fed.dtype == np.float32
-    np.testing.assert_array_equal(fed, maps.astype(np.float32))
+def test_download_that_fails_says_what_to_do_and_succeeds_later(cifar10_server, tmp_path):
+    cifar10_server.faults = [503] * 5
+    line = told_line(prepare, tmp_path)
+    assert line.startswith(f"{cifar10_server.url}: HTTP Error 503")
+    assert line.endswith(f"download it by other means and put it at {tmp_path}/data/file.tar.gz")
+    assert list((tmp_path / "data").iterdir()) == []
+    assert len(prepare(tmp_path).images["test"]) == 12
+
+
+def test_missing_batch_is_taken_from_the_archive_or_downloaded(cifar10_server, tmp_path):
+    prepare(tmp_path)
+    batch = tmp_path / "data/cifar-10-batches-py/data_batch_3"
+    raw = batch.read_bytes()
+    for archive_is_there in (True, False):
+        batch.unlink()
+        if not archive_is_there:
+            (tmp_path / "data/file.tar.gz").unlink()
+        prepare(tmp_path)
+        assert batch.read_bytes() == raw
+    assert cifar10_server.sent == 2 * len(cifar10_server.content)
+
+
+def test_full_disk_amid_a_download_and_amid_the_extraction(cifar10_server, tmp_path):
+    size = len(cifar10_server.content)
+    for limit in (size // 2, size + 1):
+        with largest_file(limit):
+            line = told_line(prepare, tmp_path)
+        assert line == f"{tmp_path}/data: File too large; free some space and run again"
+        assert not (tmp_path / "data/cifar-10-batches-py").exists()
+        assert not list((tmp_path / "data").glob(".extracting*"))
+    prepare(tmp_path)
+    assert cifar10_server.sent < 1.6 * size  # it went on where it stopped
+
+
+@pytest.mark.parametrize("folder", ["data", "data/inside"])
+def test_data_folder_that_is_a_file(tmp_path, folder):
+    (tmp_path / "data").write_text("")
+    (tmp_path / "mine").mkdir()
+    iio.imwrite(tmp_path / "mine/a.png", random_images(40, 400, 3))
+    line = told_line(load_data.load_data, "cifar10", tmp_path / folder)
+    assert line.startswith(f"{tmp_path}/{folder}: cannot be the data folder (")
+    assert line.endswith("choose another --data-dir")
+    line = told_line(load_data.load_data, str(tmp_path / "mine"), tmp_path / folder, 16)
+    assert line.endswith("a file is in the place of a folder: choose another folder")
+
+
+WRONG_USAGE = "--energy=1 --energy=nan --size=0 --size=3 --dataset= --data-dir= unknown"
+
+
+@pytest.mark.parametrize("argument", WRONG_USAGE.split())
+def test_wrong_usage_is_told(argument):
+    assert "error: " in usage_error(load_data.parse_args, [argument])
+
+
+def test_paths_of_the_command_line_are_absolute_but_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = load_data.parse_args(["--dataset=mine", "--data-dir=data"])
+    assert (args.dataset, args.data_dir) == (str(tmp_path / "mine"), str(tmp_path / "data"))
+    assert load_data.parse_args(["--dataset=photos"]).dataset == "photos"
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("")
+    line = told_line(load_data.main, ["--dataset=photos", "--size=12", f"--out={tmp_path}/out"])
+    assert line == f"{tmp_path}/out/figures: Not a directory; a file is in the place of a folder: " + (
+        "choose another folder"
+    )
+
+
+def test_output_that_nobody_reads_any_more():
+    process = start("load_data.py", "--dataset=photos", "--size=12", "--out=/nonexistent", env=ON_NUMPY)
+    process.stdout.close()
+    err = without_greeting(process.stderr.read())
+    assert (process.wait(), err) == (1, "")
+
+
+def test_names_that_are_no_ascii_in_an_ascii_locale(tmp_path):
+    holiday = tmp_path / "Urlaub ä"
+    for index, name in enumerate((b"\xe4", "ö".encode(), b"\xff\xfe")):  # of other times and systems
+        folder = os.path.join(os.fsencode(holiday), name)
+        os.makedirs(folder)
+        picture = iio.imwrite("<bytes>", random_images(60, 200, 3, seed=index), extension=".png")
+        for kind, content in ((b"good", picture), (b"damaged", b"no picture")):
+            with open(os.path.join(folder, kind + name + b".png"), "wb") as file:
+                file.write(content)
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} | ON_NUMPY
+    arguments = ["--dataset", holiday, "--size=16", "--data-dir", tmp_path / "data", "--out", tmp_path]
+    process = start("load_data.py", *arguments, env=environment, cwd="/", errors="replace")
+    printed, err = process.communicate()
+    assert (process.returncode, without_greeting(err)) == (0, "")
+    assert printed.count("left out, not a readable image") == 3
+    assert len(list((tmp_path / "figures").iterdir())) == 1

@@ -1,14 +1,12 @@
-import argparse
-import csv
-import importlib.util
-import io
-import json
+import contextlib
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
 
 import simple_autoencoder as simple
 import util
@@ -20,26 +18,39 @@ import imageio.v3 as iio
 import keras
 import numpy as np
 import pytest
-from conftest import TINY, run, start, table_rows, without_greeting
-from PIL import Image
+from conftest import (
+    NAME,
+    TINY,
+    assert_same_weights,
+    curves_of,
+    files_of,
+    labels_of,
+    largest_file,
+    legend_of,
+    pixels_of,
+    printed_by,
+    random_images,
+    run,
+    save_run,
+    shaken,
+    small_detail_models,
+    small_models,
+    start,
+    stop_at,
+    table_rows,
+    told_line,
+    usage_error,
+    wait_for,
+    without_greeting,
+)
+from scipy.stats import norm
 
 
-def random_images(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
-def small_models(seed=0):
-    keras.utils.set_random_seed(seed)
-    encoder, decoder = simple.build_encoder(16, 1, 14), simple.build_decoder(16, 1, 14)
-    simple.start_as_identity(encoder, decoder)
-    return encoder, decoder
-
-
-def shaken(model, seed=0):
-    """The same model with every weight moved a little, so that no zero hides a difference."""
-    rng = np.random.default_rng(seed)
-    model.set_weights([weight + rng.normal(0, 0.05, weight.shape) for weight in model.get_weights()])
-    return model
+def joined_models():
+    """Autoencoder, encoder and decoder with all codes, shaken."""
+    z, detail = ([shaken(model) for model in models()] for models in (small_models, small_detail_models))
+    encoder, decoder = simple.join_encoders(z[0], detail[0]), simple.join_decoders(z[1], detail[1])
+    return simple.build_autoencoder(*z), encoder, decoder
 
 
 def test_untrained_model_is_the_identity():
@@ -48,23 +59,23 @@ def test_untrained_model_is_the_identity():
     np.testing.assert_allclose(simple.build_autoencoder(encoder, decoder)(images), images, atol=1e-6)
 
 
-def test_autoencoder_is_the_decoder_of_the_encoders_mean():
-    encoder, decoder = map(shaken, small_models())
+def test_autoencoder_is_the_decoder_of_the_encoders_means():
+    autoencoder, encoder, decoder = joined_models()
     images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
-    z_mean, _ = encoder.predict(images, verbose=0)
-    autoencoder = simple.build_autoencoder(encoder, decoder)
-    np.testing.assert_allclose(
-        autoencoder.predict(images, verbose=0), decoder.predict(z_mean, verbose=0), atol=1e-5
-    )
+    means, _ = util.split_codes(encoder.predict(images, verbose=0))
+    expected = autoencoder.predict(images, verbose=0)
+    np.testing.assert_array_equal(util.decode_arrays(decoder, means), expected)
+    means[1] += 1  # the detail code reaches the image, too
+    assert np.abs(util.decode_arrays(decoder, means) - expected).max() > 1e-3
 
 
 def test_order_of_the_encoders_outputs():
-    # Keras keys weights by class and order: swapped, the two heads would load each other's kernels
-    encoder, _ = small_models()
-    z_mean, z_log_var = encoder(np.zeros((1, 4, 4, 3), np.float32))
-    assert np.ptp(z_log_var) == 0
-    assert z_log_var[0, 0, 0, 0] == simple.INITIAL_LOG_VAR
+    # Keras keys weights by class and order: swapped, heads of one shape would load each other's kernels
+    encoder = simple.join_encoders(small_models()[0], small_detail_models()[0])
+    z_mean, z_log_var, detail_mean, detail_log_var = encoder(np.zeros((1, 4, 4, 3), np.float32))
     assert float(z_mean[0, 0, 0, 0]) == pytest.approx(-0.5)
+    for output, value in ((z_log_var, simple.INITIAL_LOG_VAR), (detail_mean, 0), (detail_log_var, 0)):
+        np.testing.assert_array_equal(output, np.full((1, 2, 2, 14), value))
 
 
 def test_kl_divergence_against_sampling():
@@ -90,96 +101,16 @@ def test_loss_against_its_formula():
     assert float(vae.psnr.result()) == pytest.approx(np.mean(-10 * np.log10(mse)), rel=1e-4)
 
 
-def small_classifier(side=8):
-    """Classifier of images by their mean colour."""
-    image = keras.Input((side, side, 3))
-    x = keras.layers.GlobalAveragePooling2D()(image)
-    return shaken(keras.Model(image, keras.layers.Dense(4, activation="softmax")(x)))
-
-
-def test_classifiers_add_how_far_their_verdicts_are_apart():
-    models, classifiers = list(map(shaken, small_models())), [small_classifier(), small_classifier()]
-    clean = random_images(3, 8, 8, 3).astype(np.float32) / 255
-    noisy = add_noise(random_images(3, 8, 8, 3), 25)
-    losses = []
-    for judges in ([], classifiers):
-        vae = simple.DenoisingVAE(*models, classifiers=judges)
-        denoised, *codes = vae(noisy, training=False)
-        losses.append(float(vae.compute_loss(noisy, clean, (denoised, *codes), training=False)))
-    divergences = []
-    for classifier in classifiers:
-        p, q = (np.asarray(classifier(np.clip(images, 0, 1))) for images in (clean, denoised))
-        divergences.append((p * np.log(p / q)).sum(axis=-1))
-    assert np.min(divergences) > 1e-4
-    assert np.abs(divergences[0] - divergences[1]).min() > 1e-5
-    expected = simple.CLASSIFIER_WEIGHT * np.mean(divergences)
-    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-2)
-    assert len(vae.trainable_variables) == sum(len(model.trainable_variables) for model in models)
-
-
-def test_training_goes_on_from_a_saved_run_and_heeds_classifiers(trained, tmp_path):
-    out = trained[0]
-    for folder in ("models", "weights", "logs"):
-        shutil.copytree(out / folder, tmp_path / folder, dirs_exist_ok=True)
-    for name, side in (("classifier_a", 48), ("classifier_b", 48), ("classifier_small", 32)):
-        with util.staged(tmp_path, name) as stage:
-            util.save_model(stage, small_classifier(side), name)
-    arguments = [*TINY, "--start=simple_photos", f"--out={tmp_path}", "--name=simple_tuned", "--epochs=1"]
-    simple.main([*arguments, "--classifier", "classifier_a", "classifier_b", "--learning-rate=1e-9"])
-    for ours, theirs in zip(
-        util.load_model(tmp_path, "simple_tuned", "autoencoder").get_weights(),
-        util.load_model(out, "simple_photos", "autoencoder").get_weights(),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    told = util.read_record(tmp_path, "simple_tuned")["arguments"]
-    assert (told["start"], told["classifier"]) == ("simple_photos", ["classifier_a", "classifier_b"])
-    with pytest.raises(util.ModelError, match=r"classifier_small.json: classifies \(32, 32, 3\), not images"):
-        simple.main([*arguments, "--classifier", "classifier_a", "classifier_small"])
-    with pytest.raises(util.ModelError, match="encoder_simple_photos.json: of another architecture"):
-        simple.main([*arguments, "--filters=16"])
-
-
 def test_training_noise_has_a_sigma_of_its_own_for_each_image():
-    vae = simple.DenoisingVAE(*small_models(), sigma=(10, 50))
-    clean = np.full((400, 16, 16, 3), 0.5, np.float32)
-    sigma = (np.asarray(vae.noisy(clean)) - clean).std(axis=(1, 2, 3)) * 255
+    vae = simple.DenoisingVAE(*small_models())
+    batches = Batches(np.full((400, 16, 16, 3), 128, np.uint8), 400, sigma=(10, 50))
+    (clean, told), _ = batches[0]
+    sigma = (np.asarray(vae.noisy((clean, told))) - clean).std(axis=(1, 2, 3)) * 255
+    np.testing.assert_allclose(sigma, 255 * told[:, 0, 0, 0], rtol=0.12)
     assert 9 < sigma.min() < 12
     assert 47 < sigma.max() < 53
     assert abs(sigma.mean() - 30) < 4 * 40 / np.sqrt(12 * 400)  # uniform: deviation 40 / sqrt(12)
-
-
-def test_noise_of_grey_images_is_grey_and_that_of_some_others_has_coarse_colour():
-    vae = simple.DenoisingVAE(*small_models(), sigma=(50, 50), photographs=True)
-    clean = random_images(300, 16, 16, 3).astype(np.float32) / 255
-    clean[:100] = clean[:100, ..., :1]
-    noise = 255 / 50 * (np.asarray(vae.noisy(clean)) - clean)
-    np.testing.assert_allclose(noise[:100], noise[:100, ..., :1].repeat(3, axis=-1), atol=1e-5)
-    assert noise[:100].std() == pytest.approx(1, abs=0.03)
-    colour = noise - (noise @ np.array(simple.LUMA, np.float32))[..., None]
-    colour = colour[100:].std(axis=(1, 2, 3)) / noise[100:].std(axis=(1, 2, 3))
-    coarse = colour < 0.7  # it is 0.88 of white noise, 0.55 at most with a quarter of the colours' variance
-    assert 0.2 < coarse.mean() < 0.4
-    np.testing.assert_allclose(noise[100:][~coarse].std(axis=(1, 2, 3)), 1, atol=0.15)
-    white = simple.DenoisingVAE(*small_models(), sigma=(50, 50)).noisy(clean)
-    assert (np.asarray(white - clean).std(axis=-1) > 0.01).mean() > 0.9
-
-
-def test_noise_in_jpeg_is_what_pillow_decodes():
-    clean = np.full((1, 32, 48, 3), (0.5, 0.45, 0.55), np.float32)
-    noise = np.random.default_rng(0).normal(0, 15 / 255, clean.shape).astype(np.float32)
-    file = io.BytesIO()
-    Image.fromarray(util.to_uint8(clean + noise)[0]).save(file, "JPEG", quality=100, subsampling="4:2:0")
-    decoded = util.to_float(np.asarray(Image.open(file))) - clean[0]
-    in_jpeg, share = np.ones((1, 1, 1, 1), bool), np.zeros((1, 1, 1, 1), np.float32)
-    interpolated, repeated = (
-        np.asarray(simple.noise_in_files(clean, noise, in_jpeg, share + blocky))[0] for blocky in (0, 1)
-    )
-    assert (interpolated - decoded).std() * 255 < 1  # rounding to whole grey levels, three times
-    colour = repeated - (repeated @ np.array(simple.LUMA, np.float32))[..., None]
-    assert np.ptp(colour.reshape(16, 2, 24, 2, 3), axis=(1, 3)).max() < 1e-5
-    cells = [part.reshape(16, 2, 24, 2, 3).mean(axis=(1, 3)) for part in (repeated, noise)]
-    np.testing.assert_allclose(*cells, atol=1e-6)
+    np.testing.assert_array_equal(vae.noisy(clean), clean)
 
 
 def test_no_epoch_repeats_the_noise_of_another():
@@ -193,7 +124,7 @@ def test_no_epoch_repeats_the_noise_of_another():
         start_of.on_epoch_begin(epoch)
         assert batches.epoch == epoch + 2
         for _ in range(4):
-            noisy = np.asarray(vae(clean, training=True)[0])
+            noisy = np.asarray(vae.noisy((clean, np.full((2, 1, 1, 1), 0.1, np.float32))))
             seen.append(noisy.tobytes())
     assert len(set(seen)) == 16
     assert seen[:4] == seen[16:]  # the same epoch again draws the same
@@ -219,7 +150,7 @@ def test_noise_and_samples_only_in_training():
 def test_evaluation_against_a_plain_loop():
     autoencoder = simple.build_autoencoder(*map(shaken, small_models()))
     clean = random_images(3, 12, 12, 3)
-    (row,) = simple.evaluate(simple.blind({"simple": autoencoder}), clean, [25])
+    (row,) = simple.evaluate(simple.without_sigma({"simple": autoencoder}), clean, [25])
     noise = np.random.default_rng(0).normal(0, 25 / 255, clean.shape)
     noisy = (clean / 255 + noise).astype(np.float32)
     for label, output in {"noisy": noisy, "simple": np.asarray(autoencoder(noisy))}.items():
@@ -228,33 +159,141 @@ def test_evaluation_against_a_plain_loop():
         assert row[f"{label} PSNR"] == pytest.approx(np.mean(psnr), abs=0.01)
 
 
-def test_posterior_tables_against_closed_forms():
-    encoder, decoder = small_models()  # the identity: z_mean is the image, z_log_var is -10
+def test_detail_loss_against_its_formula():
+    detail = [shaken(model) for model in small_detail_models()]
+    vae = simple.DetailVAE(*map(shaken, small_models()), *detail, kl_weight=0.25)
+    clean = random_images(3, 16, 16, 3).astype(np.float32) / 255
+    noisy = add_noise(random_images(3, 16, 16, 3), 25)
+    denoised, seen, draws, (log_var,) = vae(noisy, training=False)
+    loss = float(vae.compute_loss(noisy, clean, (denoised, seen, draws, [log_var]), training=False))
+    sigma = np.sqrt(((noisy - clean) ** 2).mean(axis=(1, 2, 3), keepdims=True))
+    weight = 1 / np.maximum(2 / 255, 0.25 * np.sqrt(8 / 255 * sigma))
+    log_var = np.asarray(log_var)
+    kl = 0.5 * (np.exp(log_var) - 1 - log_var).sum(axis=(1, 2, 3)) / clean[0].size
+    expected = 0.25 * kl.mean()
+    for side, share in simple.CRPS_WEIGHTS.items():
+        a, b, y = (simple.block_means(np.asarray(images), side) for images in (*draws, clean))
+        expected += share * (weight * (abs(a - y) + abs(b - y) - abs(a - b)) / 2).mean()
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert float(vae.kl.result()) == pytest.approx(kl.mean(), rel=1e-4)
+    assert [model.trainable for model in (vae.encoder, vae.decoder)] == [False, False]
+
+
+def test_score_of_draws_is_best_for_the_true_distribution():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 1, (20, 50, 50, 3))
+    scores = {}
+    for mean, deviation in ((0, 1), (0, 0.6), (0, 1.6), (0.4, 1)):
+        draws = rng.normal(mean, deviation, (8, *truth.shape)).astype(np.float32)
+        scores[mean, deviation] = simple.compare_draws(truth, draws)["crps"].mean()
+    assert min(scores, key=scores.get) == (0, 1)
+    assert scores[0, 1] == pytest.approx(1 / np.sqrt(np.pi), abs=0.01)  # of a Gaussian by itself
+
+
+def test_draws_are_compared_with_the_truth_as_by_hand():
+    clean = np.random.default_rng(0).random((2, 3, 4, 3)).astype(np.float32)
+    draws = np.random.default_rng(1).random((5, 2, 3, 4, 3)).astype(np.float32)
+    compared = simple.compare_draws(clean, draws)
+    distances = [abs(draws[a] - draws[b]) for a in range(5) for b in range(5) if a != b]
+    expected = {
+        "error": clean - draws.mean(axis=0),
+        "deviation": draws.std(axis=0, ddof=1),
+        "crps": abs(draws - clean).mean(axis=0) - np.mean(distances, axis=0) / 2,
+        "rank": (draws < clean).sum(axis=0),
+    }
+    for key, values in expected.items():
+        np.testing.assert_allclose(compared[key], values.ravel(), atol=1e-6)
+    blocks = clean[:, :2].reshape(2, 1, 2, 2, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(simple.block_means(clean, 2), blocks)
+
+
+@pytest.mark.parametrize(
+    # what 1.645 deviations of the draws cover of a Gaussian; how high its rank histogram is at its ends
+    ("factor", "share", "ends"),
+    [(1, 0.9, 1), (0.5, 0.589, 3.1), (2, 0.999, 0.03)],
+)
+def test_draws_of_a_deviation_of_their_own_are_found_to_have_it(factor, share, ends):
+    rng = np.random.default_rng(0)
+    clean = rng.normal(0.5, 0.1, (20, 32, 32, 3))
+    draws = rng.normal(0.5, 0.1 * factor, (64, *clean.shape)).astype(np.float32)
+    compared = simple.compare_draws(clean, draws)
+    measured = dict.fromkeys(simple.CRPS_WEIGHTS, compared) | {"samples": 64}
+    row = simple.calibration_rows(measured, 25)[0]
+    assert (row["sigma"], row["block"]) == (25, "1x1")
+    assert row["spread/skill"] == pytest.approx(factor, rel=0.03)
+    assert row["90% covers"] == pytest.approx(share, abs=0.01)
+    assert row["CRPS, Gaussian"] == pytest.approx(25.5 * np.sqrt((1 + factor**2 / 64) / np.pi), rel=0.01)
+    reliability, histogram = (curves for *_, curves in simple.calibration_panels(measured))
+    assert reliability["pixels"][1][-2] == pytest.approx(share, abs=0.01)
+    assert histogram["means of 8x8"][1][0] == pytest.approx(ends, abs=0.15)
+
+
+def test_posterior_is_measured_as_by_a_plain_loop():
+    autoencoder, encoder, decoder = joined_models()
+    clean = random_images(3, 8, 8, 3)
+    measured = simple.measure_posterior(encoder, decoder, clean, 25, samples=4, at_once=2)
+    noisy, rng = add_noise(clean, 25), np.random.default_rng((0, 0))
+    outputs = encoder.predict(noisy[:2], verbose=0)
+    noise = [rng.standard_normal((4, *outputs[0].shape), np.float32) for _ in range(2)]
+    codes = [util.sample_codes(outputs, [values[draw] for values in noise]) for draw in range(4)]
+    draws = np.stack([util.decode_arrays(decoder, code) for code in codes])
+    mean = autoencoder.predict(noisy, verbose=0)
+    squares = (np.clip(draws, 0, 1) - np.clip(mean[:2], 0, 1)) ** 2
+    expected = {
+        "posterior mean": util.psnr(clean, util.to_uint8(mean))[:2],
+        "one draw": util.psnr(clean[:2], util.to_uint8(draws[0])),
+        "mean of draws": util.psnr(clean[:2], util.to_uint8(draws.mean(axis=0))),
+        "expected": -10 * np.log10(squares.mean(axis=(0, 2, 3, 4))),
+    }
+    for label, values in expected.items():
+        assert measured[label].shape == (3,)
+        np.testing.assert_allclose(measured[label][:2], values, atol=0.01)
+    for side in (1, 4):
+        error = simple.block_means(clean[:2] / 255, side) - simple.block_means(draws, side).mean(axis=0)
+        np.testing.assert_allclose(measured[side]["error"][: error.size], error.ravel(), atol=1e-4)
+    row = simple.quality_row(measured, 25)
+    assert row["expected PSNR"] == pytest.approx(measured["expected"].mean())
+    correlation = np.corrcoef(measured["posterior mean"], measured["expected"])[0, 1]
+    assert row["correlation"] == pytest.approx(correlation)
+
+
+def test_information_of_codes_against_its_formula():
+    _, encoder, _ = joined_models()
     clean = random_images(40, 8, 8, 3)
-    levels, quality = simple.posterior_tables(encoder, decoder, clean, sigma=25, samples=10)
-    noisy = add_noise(clean, 25)
-    (z_mean, z_log_var) = encoder.predict(noisy, verbose=0)
-    kl = 0.5 * (z_mean**2 + np.exp(z_log_var) - 1 - z_log_var)
-    assert levels == [
-        {
-            "level": 1,
-            "KL per latent": pytest.approx(kl.mean(), rel=1e-4),
-            "active units": pytest.approx(np.mean(z_mean.reshape(-1, 14).var(axis=0) > 0.01)),
-        }
-    ]
-    expected = util.psnr(clean, util.to_uint8(noisy)).mean()
-    assert [row["decoded"] for row in quality] == ["posterior mean", "one sample", "mean of 10 samples"]
-    assert quality[0]["PSNR"] == pytest.approx(expected, abs=0.01)
-    assert quality[1]["PSNR"] < quality[2]["PSNR"] <= quality[0]["PSNR"] + 1e-3
+    outputs = encoder.predict(add_noise(clean, 50), verbose=0)
+    rows = simple.code_rows(encoder, clean)
+    assert [row["code"] for row in rows] == ["z of level 1", "detail of level 1"]
+    for row, mean, log_var in zip(rows, outputs[::2], outputs[1::2], strict=True):
+        kl = 0.5 * (mean**2 + np.exp(log_var) - 1 - log_var)
+        assert row["KL per latent"] == pytest.approx(kl.mean(), rel=1e-4)
+        assert row["active units"] == pytest.approx(np.mean(mean.reshape(-1, 14).var(axis=0) > 0.01))
 
 
-def test_samples_have_the_posteriors_deviation():
-    encoder, decoder = small_models()
-    codes = [np.zeros((2, 4, 4, 14), np.float32), np.full((2, 4, 4, 14), np.log(0.04), np.float32)]
-    draws = simple.decoded_samples(decoder, codes, 200)
+def test_draws_have_the_posteriors_deviation():
+    encoder, decoder = small_models()  # the identity, with a log-variance of -10 for each value of a cell
+    noisy = np.full((2, 8, 8, 3), 0.4, np.float32)
+    draws = simple.decoded_draws(encoder, decoder, noisy, 200)
     assert draws.shape == (200, 2, 8, 8, 3)
-    assert draws.std() == pytest.approx(0.2, abs=0.003)
-    assert draws.mean() == pytest.approx(0.5, abs=0.003)
+    assert draws.std() == pytest.approx(np.exp(-5), rel=0.02)
+    assert draws.mean() == pytest.approx(0.4, abs=1e-4)
+
+
+def test_multiply_accumulates_against_a_hand_count():
+    image = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(4, 2, strides=2)(image)
+    inner = keras.Model(image, keras.layers.Conv2DTranspose(3, 2, strides=2)(x))
+    x = keras.layers.Conv2D(8, 3, strides=2, padding="same")(inner(image))
+    model = keras.Model(image, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
+    there_and_back = 8 * 16 * (2 * 2 * 3 * 4) + 8 * 16 * (2 * 2 * 4 * 3)  # 16x32 image: 8x16 cells
+    outer = 8 * 16 * (3 * 3 * 3 * 8) + 8 * 10
+    assert simple.multiply_accumulates(model, (16, 32, 3)) == there_and_back + outer
+
+
+def test_speed_is_the_best_of_some_passes_after_a_first(monkeypatch):
+    clock = iter([0, 90, 100, 104, 110, 112])
+    monkeypatch.setattr(simple.time, "perf_counter", lambda: next(clock))
+    model = Namespace(predict=lambda images, **options: images)
+    assert simple.images_per_second(model, np.zeros((8, 2, 2, 3)), repeats=2) == 8 / 2
 
 
 def test_learning_rate_rises_and_falls():
@@ -264,117 +303,205 @@ def test_learning_rate_rises_and_falls():
     assert float(rate(1000)) == pytest.approx(1e-5, rel=1e-3)
 
 
+def evaluation_of(out, name=NAME, part="evaluation"):
+    return util.read_record(out, name)[part]["photos, 16 images of 24x24"]
+
+
+@pytest.fixture
+def shown(photographs):
+    """The test images that the figures of a shrunk run show."""
+    return photographs.spread("test", 2)
+
+
 def test_every_file_of_the_run_is_there(trained):
-    out, printed = trained
-    name = "simple_photos"
+    expected = {f"logs/{NAME}.csv", f"logs/{NAME}.json", f"feature_maps/{NAME}.png"}
     for part in ("encoder", "decoder", "autoencoder"):
-        assert (out / f"models/{part}_{name}.json").exists()
-        assert (out / f"weights/{part}_{name}.weights.h5").exists()
-    for kind in ("reconstructions", "history", "sweep", "posterior"):
-        assert iio.imread(out / f"figures/{name}_{kind}.png").std() > 5
-    assert iio.imread(out / f"feature_maps/{name}.png").std() > 5
-    for kind in ("single", "group"):
-        assert len(iio.imread(out / f"gifs/{name}_{kind}.gif")) == 3  # before the training, and each epoch
-    for split, count in (("test", 32), ("train", 64)):
-        with h5py.File(out / f"feature_maps/{name}_{split}.h5") as file:
-            assert file["features"].shape == (count, 24, 24, simple.LATENT_DIM)
-            described = {"run": name, "dataset": "photos", "split": split, "sigma": 0.0, "pooling": 0}
-            assert described.items() <= dict(file.attrs).items()
-            assert file.attrs["weights"] == util.sha256_of(out / f"weights/encoder_{name}.weights.h5")
-    with (out / f"logs/{name}.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
-    left_over = [
-        path for path in (out / "logs").iterdir() if path.name not in (f"{name}.csv", f"{name}.json")
-    ]
-    assert [path.name for path in left_over if path.is_file()] == [f".{name}.lock"]
-    assert "| sigma | noisy PSNR | simple PSNR | noisy SSIM | simple SSIM |" in printed
-    assert "val_psnr" in printed
+        expected |= {f"models/{part}_{NAME}.json", f"weights/{part}_{NAME}.weights.h5"}
+    kinds = ("reconstructions", "history", "sweep", "posterior", "expected")
+    expected |= {f"figures/{NAME}_{kind}.png" for kind in kinds}
+    expected |= {f"gifs/{NAME}_{kind}.gif" for kind in ("single", "group")}
+    expected |= {f"feature_maps/{NAME}_{split}.h5" for split in ("test", "train")}
+    found = {path.relative_to(trained.out).as_posix() for path in files_of(trained.out)}
+    assert {path for path in found if not path.startswith(f"logs/{NAME}/")} == expected  # but TensorBoard's
+    for split, count in (("test", 16), ("train", 64)):
+        with h5py.File(trained.out / f"feature_maps/{NAME}_{split}.h5") as file:
+            assert file["features"].shape == (count, 12, 12, 12)
+            described = {"run": NAME, "dataset": "photos", "split": split, "sigma": 0.0, "pooling": 0}
+            weights = util.sha256_of(trained.out / f"weights/encoder_{NAME}.weights.h5")
+            assert (described | {"weights": weights}).items() <= dict(file.attrs).items()
+
+
+def test_curves_show_what_was_measured(trained):
+    psnr = {row["sigma"]: row["simple PSNR"] for row in evaluation_of(trained.out)}
+    (x, y, (noisy, denoised)), ssim = curves_of(trained.figures[f"{NAME}_sweep.png"])
+    assert (x, y, *ssim[:2]) == ("sigma", "PSNR in dB", "sigma", "SSIM")
+    assert denoised == ([25, 50], pytest.approx([psnr[25], psnr[50]], abs=1e-4))
+    assert noisy[1] < denoised[1]
+    assert legend_of(trained.figures[f"{NAME}_sweep.png"]) == ["noisy", "simple"]
+    rows = util.read_csv(trained.out / f"logs/{NAME}.csv")
+    assert [(row["stage"], row["epoch"]) for row in rows] == [("z", 1), ("z", 2), ("detail", 3)]
+    panels = curves_of(trained.figures[f"{NAME}_history.png"])
+    assert [name for _, name, _ in panels] == ["psnr", "kl", "crps", "detail_kl"]
+    for _, name, (training, validation) in panels:
+        measured = [row for row in rows if name in row]
+        assert training == ([row["epoch"] for row in measured], [row[name] for row in measured])
+        assert validation[1] == [row[f"val_{name}"] for row in measured]
+
+
+def test_images_are_shown_with_their_psnr(trained, shown):
+    autoencoder = util.load_model(trained.out, NAME, "autoencoder")
+    rows, labels = [], []
+    for sigma in (25, 50):
+        noisy = add_noise(shown, sigma)
+        for label, images in (
+            (f"noisy, sigma {sigma}", util.to_uint8(noisy)),
+            ("simple", util.denoise(autoencoder, noisy)),
+        ):
+            rows.append(images)
+            captions = [f"{value:.1f} dB" for value in util.psnr(shown, images)]
+            labels += zip((label, ""), captions, strict=True)
+    figure = trained.figures[f"{NAME}_reconstructions.png"]
+    assert labels_of(figure) == [*labels, ("clean", ""), ("", "")]
+    np.testing.assert_array_equal(pixels_of(figure), np.concatenate([*rows, shown]))
+
+
+@pytest.mark.parametrize(("kind", "count"), [("single", 3), ("group", 6)])
+def test_gif_shows_the_images_before_the_training_and_after_each_epoch(trained, kind, count):
+    frames = trained.figures[f"{NAME}_{kind}.gif"]
+    assert [frame.get_suptitle().split(":")[0] for frame in frames] == ["epoch 0", "epoch 1", "epoch 2"]
+    shown = [pixels_of(frame) for frame in frames]
+    assert {len(images) for images in shown} == {count}
+    denoised = slice(1, 2) if kind == "single" else slice(2, 4)
+    assert (np.array(shown[0][denoised]) != np.array(shown[2][denoised])).any()
+    np.testing.assert_array_equal(shown[0][-1], shown[2][-1])  # clean
+    assert len(iio.imread(trained.out / f"gifs/{NAME}_{kind}.gif")) == 3
+
+
+def test_posterior_is_shown_by_draws_and_by_its_calibration(trained, shown):
+    encoder, decoder = (util.load_model(trained.out, NAME, part) for part in ("encoder", "decoder"))
+    draws = simple.decoded_draws(encoder, decoder, add_noise(shown, 50))
+    left, right = trained.figures[f"{NAME}_posterior.png"].subfigs
+    labels, pixels = labels_of(left), pixels_of(left)
+    names = ["noisy, sigma 50", "mean", "draw 1", "draw 2", "draw 3", "deviation", "error", "clean"]
+    assert [label for label, _ in labels[::2]] == names
+    np.testing.assert_array_equal(pixels[4:6], util.to_uint8(draws[0]))
+    autoencoder = util.load_model(trained.out, NAME, "autoencoder")
+    mean = autoencoder.predict(add_noise(shown, 50), verbose=0)
+    for index, maps in ((10, np.square(draws - mean).mean(axis=0)), (12, np.square(mean - shown / 255))):
+        np.testing.assert_allclose(pixels[index], 255 * np.sqrt(maps[0].mean(axis=-1)), rtol=1e-3)
+        assert labels[index][1] == f"{255 * np.sqrt(maps[0].mean()):.1f}"
+    (x, y, reliability), (_, _, histogram) = curves_of(right)
+    assert (x, y) == ("central interval of draws", "share of true values in it")
+    calibration = evaluation_of(trained.out, part="posterior")[0]
+    (row,) = (row for row in calibration if (row["sigma"], row["block"]) == (50, "1x1"))
+    assert reliability[0][1][-2] == pytest.approx(row["90% covers"], abs=1e-3)
+    assert reliability[-1][0] == reliability[-1][1]  # the calibrated one
+    assert np.mean(histogram[0][1]) == pytest.approx(1)
+
+
+def test_expected_psnr_is_shown_against_the_true_one(trained):
+    (axis,) = trained.figures[f"{NAME}_expected.png"].axes
+    *points, diagonal = axis.lines
+    quality = evaluation_of(trained.out, part="posterior")[1]
+    for line, row in zip(points, quality, strict=True):
+        assert line.get_label() == f"sigma {row['sigma']}"
+        assert np.mean(line.get_xdata()) == pytest.approx(row["expected PSNR"], abs=1e-3)
+        assert np.mean(line.get_ydata()) == pytest.approx(row["posterior mean PSNR"], abs=1e-3)
+    np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+
+
+def test_feature_maps_are_shown_each_in_its_own_range(trained, shown):
+    (maps,) = util.encode(util.load_model(trained.out, NAME, "encoder"), shown[:1])
+    figure = trained.figures[f"{NAME}.png"]
+    assert labels_of(figure)[0] == ("level 1\nfrom 0", "")
+    low, high = maps.min(axis=(0, 1)), maps.max(axis=(0, 1))
+    expected = (maps - low) / np.maximum(high - low, 1e-6)
+    np.testing.assert_allclose(np.stack(pixels_of(figure), axis=-1), expected, atol=1e-4)
+
+
+def test_output_without_a_terminal_is_plain_lines(trained):
+    assert "val_psnr" in trained.printed
+    assert "| sigma | noisy PSNR | simple PSNR | noisy SSIM | simple SSIM |" in trained.printed
+    assert not set("\r\b\x1b") & set(trained.printed)
 
 
 def test_record_tells_how_the_run_came_about(trained):
-    record = json.loads((trained[0] / "logs/simple_photos.json").read_text())
-    assert record["arguments"]["epochs"] == 2
+    record = util.read_record(trained.out, NAME)
+    assert (record["name"], record["arguments"]["epochs"], record["epochs"]) == (NAME, 2, 3)
     assert record["training_images"] == 64
-    table = record["evaluation"]["photos, 32 images of 48x48"]
-    assert [row["sigma"] for row in table] == [15, 25, 35, 50, 75]
-    for path, checksum in record["files"].items():
-        assert util.sha256_of(trained[0] / path) == checksum
+    assert (record["data"]["name"], len(record["data"]["checksums"])) == ("photos", 2)
+    assert [row["sigma"] for row in evaluation_of(trained.out)] == [15, 25, 35, 50, 75]
+    rows = util.read_csv(trained.out / f"logs/{NAME}.csv")
+    assert record["best"]["val_psnr"] == max(row["val_psnr"] for row in rows)
     assert len(record["files"]) == 6
+    for path, checksum in record["files"].items():
+        assert util.sha256_of(trained.out / path) == checksum
 
 
-def test_evaluate_prints_what_the_training_printed(trained):
-    out, printed = trained
-    code, again, err = run("simple_autoencoder.py", "evaluate", "--dataset", "photos", "--out", out, cwd=out)
+def test_evaluate_from_elsewhere_prints_and_records_what_the_training_did(trained, trained_copy):
+    record = util.read_record(trained_copy, NAME)
+    arguments = ["evaluate", "--dataset=photos", "--out", trained_copy]
+    code, again, err = run("simple_autoencoder.py", *arguments, small=True, cwd=trained_copy)
     assert (code, err) == (0, "")
-    assert len(table_rows(printed)) == 5
-    assert table_rows(again) == table_rows(printed)
+    assert len(table_rows(again)) == 5 + 8 + 2
+    assert table_rows(again) == table_rows(trained.printed)
+    again = util.read_record(trained_copy, NAME)
+    assert {key for key in record if again[key] != record[key]} <= {"costs"}
 
 
-LOAD = """
-import sys, numpy, keras
-folder, noisy, result = sys.argv[1:]
-model = keras.models.model_from_json(open(folder + "/models/autoencoder_simple_photos.json").read())
-model.load_weights(folder + "/weights/autoencoder_simple_photos.weights.h5")
-numpy.save(result, model.predict(numpy.load(noisy), verbose=0))
-ours = {"util", "load_data", "stl10_input", "simple_autoencoder"} & set(sys.modules)
-print(keras.backend.backend(), sorted(ours))
-"""
+def test_detail_code_is_trained_with_the_rest_as_it_is(trained, tmp_path):
+    out = shutil.copytree(trained.out, tmp_path / "out")
+    printed_by(simple, *TINY, "--epochs=0", f"--start={NAME}", "--name=simple_again", "--out", out)
+    for part in ("encoder", "decoder"):
+        before, after = (util.load_model(out, name, part) for name in (NAME, "simple_again"))
+        for kind in ("z", "detail"):
+            pairs = zip(*(m.get_layer(f"{kind}_{part}").get_weights() for m in (before, after)), strict=True)
+            assert all(np.array_equal(*pair) for pair in pairs) == (kind == "z")
+    rows = util.read_csv(out / "logs/simple_again.csv")
+    assert [row["stage"] for row in rows] == ["z", "z", "detail"]
+    assert not list(out.glob("gifs/simple_again*"))
+    assert (
+        evaluation_of(out)
+        == util.read_record(out, "simple_again")["evaluation"]["photos, 16 images of 24x24"]
+    )
+
+
+def test_training_goes_on_from_a_saved_run_of_its_architecture(trained_copy):
+    arguments = [*TINY, f"--start={NAME}", "--name=simple_tuned", "--epochs=1", "--out", trained_copy]
+    printed_by(simple, *arguments, "--learning-rate=1e-9")
+    models = [util.load_model(trained_copy, name, "autoencoder") for name in (NAME, "simple_tuned")]
+    for ours, theirs in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert util.read_record(trained_copy, "simple_tuned")["arguments"]["start"] == NAME
+    line = told_line(printed_by, simple, *arguments, "--filters=16")
+    assert f"encoder_{NAME}.json: of another architecture than is to be trained" in line
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_saved_model_needs_nothing_but_keras(trained, tmp_path, backend):
-    if not importlib.util.find_spec(backend):
-        pytest.skip(f"{backend} is not installed")
-    out = trained[0]
+def test_saved_model_needs_nothing_but_keras(trained, predicted_by_keras_alone, backend):
+    pytest.importorskip(backend)
     noisy = add_noise(random_images(2, 16, 16, 3), 25)
-    np.save(tmp_path / "noisy.npy", noisy)
-    command = [sys.executable, "-c", LOAD, out, tmp_path / "noisy.npy", tmp_path / "result.npy"]
-    environment = os.environ | {"KERAS_BACKEND": backend}
-    printed = subprocess.run(
-        map(str, command), cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-    )
-    assert printed.stdout.split() == [backend, "[]"]
-    expected = util.load_model(out, "simple_photos", "autoencoder").predict(noisy, verbose=0)
-    np.testing.assert_allclose(np.load(tmp_path / "result.npy"), expected, atol=1e-5)
+    found = predicted_by_keras_alone(trained.out, f"autoencoder_{NAME}", noisy, backend)
+    expected = util.load_model(trained.out, NAME, "autoencoder").predict(noisy, verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_scripts_train_under_jax(tmp_path):
-    if not importlib.util.find_spec("jax"):
-        pytest.skip("jax is not installed")
-    environment = os.environ | {"KERAS_BACKEND": "jax"}
-    arguments = [*TINY, "--epochs", "1", "--out", tmp_path]
-    code, printed, err = run("simple_autoencoder.py", *arguments, env=environment)
+def test_script_trains_under_jax(tmp_path):
+    pytest.importorskip("jax")
+    arguments = [*TINY, "--epochs=1", "--out", tmp_path]
+    code, _, err = run("simple_autoencoder.py", *arguments, small=True, env={"KERAS_BACKEND": "jax"})
     assert code == 0, err
-    record = util.read_record(tmp_path, "simple_photos")
+    record = util.read_record(tmp_path, NAME)
     assert record["environment"]["backend"].startswith("jax ")
     assert record["best"]["val_psnr"] > 15
 
 
-def losses_of(out):
-    with (out / "logs/simple_photos.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
-
-
-def weights_of(out):
-    return util.load_model(out, "simple_photos", "autoencoder").get_weights()
-
-
-def test_default_precision_trains_a_folder_of_pictures(tmp_path):
+def test_mixed_precision_trains_a_folder_of_pictures_to_a_model_in_float32(tmp_path):
+    (tmp_path / "holiday").mkdir()
     for index in range(3):
-        (tmp_path / "holiday").mkdir(exist_ok=True)
         iio.imwrite(tmp_path / f"holiday/{index}.png", random_images(80, 200, 3, seed=index))
-    arguments = [
-        "--dataset",
-        tmp_path / "holiday",
-        "--data-dir",
-        tmp_path,
-        "--size=24",
-        "--precision=mixed_bfloat16",
-    ]
-    code, printed, err = run(
-        "simple_autoencoder.py", *arguments, "--filters=12", "--epochs=1", "--out", tmp_path
-    )
-    assert code == 0, err
+    arguments = [f"--dataset={tmp_path}/holiday", "--data-dir", tmp_path, "--out", tmp_path, "--epochs=1"]
+    printed_by(simple, *TINY, *arguments, "--precision=mixed_bfloat16", "--noise", "white", "camera")
     model = util.load_model(tmp_path, "simple_holiday", "autoencoder")
     assert {weight.dtype for weight in model.weights} == {"float32"}
     assert "bfloat16" not in (tmp_path / "models/autoencoder_simple_holiday.json").read_text()
@@ -388,87 +515,188 @@ def test_training_on_a_mapped_file_larger_than_a_batch(tmp_path):
     small = {split: np.ascontiguousarray(images[:4]) for split in ("train", "validation", "test")}
     labels = {split: np.zeros(4, np.int64) for split in small} | {"unlabeled": np.full(20, -1)}
     data = Data("stl10", small | {"unlabeled": images}, labels, ("none",), {})
-    args = argparse.Namespace(
-        out=tmp_path, name="mapped", batch_size=8, seed=0, sigma=(0, 50), learning_rate=1e-3
-    )
-    (row,) = simple.fit(simple.DenoisingVAE(*small_models()), data, args, 1)
+    args = Namespace(out=tmp_path, name="mapped", batch_size=8, seed=0, sigma=(0, 50), learning_rate=1e-3)
+    args.noise = {"white": 1.0}
+    (row,) = simple.fit_stage(simple.DenoisingVAE(*small_models()), data, args, "z", 1)
     assert np.isfinite(row["val_psnr"])
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_training_resumes_to_the_same_weights(trained, tmp_path, signal_number):
-    arguments = [*TINY, "--epochs", "2", "--out", tmp_path]
-    process = start("simple_autoencoder.py", *arguments, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    while "Epoch 2/2" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal_number)
+RESUME = ["--resume", f"--name={NAME}"]
+
+
+def test_terminated_and_killed_training_resumes_to_the_same_weights(trained, tmp_path):
+    process = start("simple_autoencoder.py", *TINY, "--epochs=2", "--out", tmp_path, small=True)
+    wait_for("Epoch 1/2", process)
+    process.send_signal(signal.SIGTERM)
     err = without_greeting(process.communicate()[1])
-    if signal_number == signal.SIGKILL:
-        assert process.returncode == -9
-    else:
-        assert process.returncode == 130
-        assert err.strip().startswith(f"Stopped. Go on with: {sys.executable} ")
-        assert err.endswith(f"simple_autoencoder.py --resume --name simple_photos --out {tmp_path}")
+    assert process.returncode == 130
+    assert err.strip().startswith(f"Stopped. Go on with: {sys.executable} ")
+    assert err.endswith(f"simple_autoencoder.py --resume --name {NAME} --out {tmp_path}")
+    process = start("simple_autoencoder.py", *RESUME, "--out", tmp_path, small=True)
+    wait_for("Epoch 2/2", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "models").exists()
-    code, printed, err = run(
-        "simple_autoencoder.py", "--resume", "--name", "simple_photos", "--out", tmp_path
-    )
-    assert code == 0, err
-    assert "Epoch 1/2" not in printed
-    assert losses_of(tmp_path) == pytest.approx(losses_of(trained[0]), rel=1e-4)
-    for resumed, whole in zip(weights_of(tmp_path), weights_of(trained[0]), strict=True):
-        np.testing.assert_allclose(resumed, whole, atol=1e-6)
-    assert len(iio.imread(tmp_path / "gifs/simple_photos_single.gif")) == 3
+    assert "Epoch 1/2" not in printed_by(simple, *RESUME, "--out", tmp_path)
+    losses = [
+        [row["loss"] for row in util.read_csv(out / f"logs/{NAME}.csv")] for out in (tmp_path, trained.out)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert_same_weights(tmp_path, trained.out)
+    assert len(iio.imread(tmp_path / f"gifs/{NAME}_single.gif")) == 3
 
 
-def test_divergence_stops_in_one_line_and_keeps_the_last_good_epoch(tmp_path):
-    arguments = [*TINY, "--epochs", "3", "--learning-rate", "1e30", "--out", tmp_path]
-    code, _, err = run("simple_autoencoder.py", *arguments)
-    assert code == 1
-    assert len(err.splitlines()) == 1
-    assert "the training diverged" in err
-    assert "--resume and a lower --learning-rate" in err
-    assert not (tmp_path / "models").exists()
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Output folder of a training that was stopped in its second epoch."""
+    out = tmp_path_factory.mktemp("interrupted")
+    stop_at("Epoch 2/2", simple, *TINY, "--epochs=2", "--out", out)
+    return out
+
+
+@pytest.fixture
+def stopped(interrupted, tmp_path):
+    return shutil.copytree(interrupted, tmp_path / "out")
+
+
+def checkpoint_of(out):
+    return out / f"logs/{NAME}.training/z/checkpoint.weights.h5"
+
+
+def test_interrupted_run_is_not_overwritten(stopped):
+    before = files_of(stopped)
+    line = told_line(printed_by, simple, *TINY, "--out", stopped)
+    assert line.endswith(f"{NAME}.training: holds an interrupted run; go on with --resume, or delete it")
+    assert files_of(stopped) == before
+
+
+def test_checkpoint_of_another_architecture(stopped):
+    before = checkpoint_of(stopped).read_bytes()
+    line = told_line(printed_by, simple, *RESUME, "--out", stopped, "--filters=16")
+    assert line.startswith(f"{checkpoint_of(stopped)}: does not fit this model (")
+    assert line.endswith("; train without --resume")
+    assert checkpoint_of(stopped).read_bytes() == before
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_truncated_checkpoint(stopped, share):
+    checkpoint = checkpoint_of(stopped)
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(share * len(whole))])
+    line = told_line(printed_by, simple, *RESUME, "--out", stopped)
+    assert line == f"{checkpoint}: damaged checkpoint; train without --resume"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
+def test_damaged_arguments_of_an_interrupted_run(stopped, text):
+    path = stopped / f"logs/{NAME}.training/arguments.json"
+    path.write_text(text)
+    line = told_line(printed_by, simple, *RESUME, "--out", stopped)
+    assert line == f"{path}: damaged; delete {path.parent} and train without --resume"
+
+
+def test_training_that_diverges_and_is_stopped_again_ends_with_the_same_weights(trained, stopped):
+    before = checkpoint_of(stopped).read_bytes()
+    line = told_line(printed_by, simple, *RESUME, "--out", stopped, "--learning-rate=1e30")
+    assert "the training diverged" in line
+    assert line.endswith("--resume and a lower --learning-rate")
+    assert checkpoint_of(stopped).read_bytes() == before
+    rate = f"--learning-rate={simple.LEARNING_RATE}"
+    told = stop_at("draws of the codes of each", simple, *RESUME, "--out", stopped, rate)
+    assert told.startswith(f"Stopped. Go on with: {sys.executable} ")
+    assert told.endswith(f"simple_autoencoder.py --resume --name {NAME} --out {stopped}")
+    assert not (stopped / "models").exists()
+    printed_by(simple, *RESUME, "--out", stopped)
+    assert_same_weights(stopped, trained.out)
+    for part in ("encoder", "decoder"):
+        assert_same_weights(stopped, trained.out, part=part)
+
+
+def other_file_system():
+    """A new folder on another file system than the temporary one; None if there is no other."""
+    for folder in ("/dev/shm", f"/run/user/{os.getuid()}", Path.home()):
+        with contextlib.suppress(OSError):
+            if os.stat(folder).st_dev != os.stat(tempfile.gettempdir()).st_dev:
+                return Path(tempfile.mkdtemp(prefix="other-", dir=folder))
+    return None
+
+
+def test_training_stopped_at_its_start_then_on_a_full_disk_on_another_file_system(trained, tmp_path):
+    out = other_file_system() or tmp_path
+    try:
+        save_run(out, NAME)
+        earlier = files_of(out)
+        stop_at("Epoch 1/2", simple, *TINY, "--epochs=2", "--out", out)
+        with largest_file(200_000):  # the checkpoints are smaller, the feature maps larger
+            line = told_line(printed_by, simple, *RESUME, "--out", out)
+        assert line == f"{out}: File too large; free some space and run again"
+        training = out / f"logs/{NAME}.training"
+        assert {path: raw for path, raw in files_of(out).items() if training not in path.parents} == earlier
+        printed_by(simple, *RESUME, "--out", out)
+        assert_same_weights(out, trained.out)
+        assert not training.exists()
+    finally:
+        if out != tmp_path:
+            shutil.rmtree(out)
 
 
 def test_resume_with_nothing_to_resume(tmp_path):
-    code, _, err = run("simple_autoencoder.py", "--resume", "--dataset", "photos", "--out", tmp_path)
-    assert code == 1
-    assert err == (
-        f"{tmp_path}/logs/simple_photos.training/arguments.json: not found, nothing to resume; "
-        "train without --resume"
-    )
+    line = told_line(printed_by, simple, "--resume", "--dataset=photos", "--out", tmp_path)
+    path = tmp_path / f"logs/{NAME}.training/arguments.json"
+    assert line == f"{path}: not found, nothing to resume; train without --resume"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--sigma", "-1", "5"],
-        ["--sigma", "50", "5"],
-        ["--sigma", "a", "b"],
-        ["--sigma", "nan", "5"],
-        ["--epochs", "0"],
-        ["--epochs", "-1"],
-        ["--limit", "0"],
-        ["--name", "a/b"],
-        ["--name", ""],
-        ["--name", ".."],
-        ["--filters", "11"],
-        ["--seed", "-1"],
-        ["--kl-weight", "-1"],
-        ["--learning-rate", "nan"],
-        ["--size", "3"],
-        ["--precision", "float16"],
-        ["--unknown"],
-        ["evaluate", "--images", "0"],
-        ["denoise", "a.png", "--to", "b", "--samples", "-1"],
-    ],
+@pytest.mark.parametrize("folder", util.FOLDERS)
+def test_folder_that_cannot_be_written_is_found_before_the_training(tmp_path, folder):
+    (tmp_path / folder).write_text("a file in its place")
+    line = told_line(printed_by, simple, *TINY, "--out", tmp_path)
+    assert line.startswith(f"{tmp_path / folder}")
+    assert "choose another" in line
+    assert list(tmp_path.rglob("*.training")) == []
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("")
+    line = told_line(printed_by, simple, *TINY, f"--out={tmp_path}/out")
+    assert line.startswith(f"{tmp_path}/out")
+    assert line.endswith("a file is in the place of a folder: choose another folder")
+
+
+def test_second_run_of_a_name_is_told_to_choose_another(tmp_path):
+    with util.locked(tmp_path, "mine"):
+        line = told_line(printed_by, simple, *TINY, "--name=mine", "--out", tmp_path)
+    assert line == f"{tmp_path}/logs/.mine.lock: another run named mine is going on; choose another --name"
+
+
+def test_limit_larger_than_the_set_is_told_before_anything_is_written(tmp_path):
+    line = told_line(printed_by, simple, *TINY, "--limit=1000000", "--out", tmp_path)
+    assert line.startswith("photos: --limit 1000000 is more than its ")
+    assert line.endswith("training images; lower it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoder_and_decoder_of_different_runs(trained_copy):
+    save_run(trained_copy, "other")
+    for folder, ending in (("models", "json"), ("weights", "weights.h5")):
+        path = trained_copy / folder
+        shutil.copy(path / f"decoder_other.{ending}", path / f"decoder_{NAME}.{ending}")
+    before = files_of(trained_copy)
+    line = told_line(printed_by, simple, "evaluate", "--dataset=photos", "--out", trained_copy)
+    assert line.startswith(f"{trained_copy}/models/decoder_{NAME}.json: not the file that {NAME} wrote")
+    assert files_of(trained_copy) == before
+
+
+WRONG_USAGE = (
+    "--sigma -1 5, --sigma 50 5, --sigma a b, --sigma nan 5, --epochs 0, --epochs -1, --limit 0, --name a/b, "
+    "--name=, --name .., --filters 11, --seed -1, --kl-weight -1, --learning-rate nan, --size 3, --dataset=, "
+    "--precision float16, --detail-epochs -1, --unknown, evaluate --images 0, denoise a --to b --samples -1"
 )
-def test_wrong_usage_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        simple.parse_args(arguments)
-    assert stopped.value.code == 2
-    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", WRONG_USAGE.split(", "))
+def test_wrong_usage_is_told(arguments):
+    assert "error: " in usage_error(simple.parse_args, arguments.split())
 
 
 def test_train_is_meant_when_no_verb_is_given():
@@ -478,70 +706,47 @@ def test_train_is_meant_when_no_verb_is_given():
     assert simple.parse_args(["--dataset", "/some/holiday"]).name == "simple_holiday"
 
 
-def identity_model():
-    return simple.build_autoencoder(*small_models())
+def denoise(trained, source, target, *options):
+    """Denoise with the short training's model; returns what was printed."""
+    options = ["--name", NAME, "--precision=float32", "--out", trained.out, *options]
+    return printed_by(simple, "denoise", source, "--to", target, *options)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 7, 3), (7, 1, 1), (33, 57, 3)])
-def test_pictures_of_any_size_keep_shape_and_depth(shape):
-    for depth in (np.uint8, np.uint16):
-        pixels = np.random.default_rng(0).integers(0, np.iinfo(depth).max, shape, depth, endpoint=True)
-        denoised, noise, _ = simple.denoise_pixels(identity_model(), pixels)
-        assert denoised.dtype == depth
-        np.testing.assert_allclose(denoised, pixels, atol=1)
-        assert noise < 0.01
-
-
-def test_strength_blends_and_noise_is_what_the_whole_of_it_would_remove():
-    model = shaken(identity_model())
-    pixels = random_images(20, 22, 3)
-    full, noise, _ = simple.denoise_pixels(model, pixels)
-    half, noise_of_half, _ = simple.denoise_pixels(model, pixels, strength=0.5)
-    none, noise_of_none, _ = simple.denoise_pixels(model, pixels, strength=0)
-    np.testing.assert_array_equal(none, pixels)
-    assert noise == noise_of_half == noise_of_none
-    np.testing.assert_allclose(half, (full.astype(float) + pixels) / 2, atol=1)
-    assert noise == pytest.approx(np.std(full.astype(float) - pixels), abs=0.5)
-
-
-def test_denoise_writes_what_it_can_and_names_the_rest(trained, tmp_path):
+def test_denoise_writes_what_it_can_and_names_the_rest(trained, tmp_path, capsys):
     source, target = tmp_path / "in folder", tmp_path / "out ä"
     source.mkdir()
-    for name, shape in (("a ö.png", (9, 14, 3)), ("b.jpg", (30, 20, 3)), ("grey.png", (5, 6))):
+    pictures = {"a ö.png": (9, 14, 3), "b.jpg": (30, 20, 3), "grey.png": (5, 6)}
+    for name, shape in pictures.items():
         iio.imwrite(source / name, random_images(*shape))
     (source / "text.png").write_text("no image")
     raw = (source / "b.jpg").read_bytes()
     (source / "cut.jpg").write_bytes(raw[: len(raw) // 2])
-    arguments = ["denoise", source, "--to", target, "--name=simple_photos", "--out", trained[0]]
-    code, printed, err = run("simple_autoencoder.py", *arguments)
-    assert code == 1
-    assert f"{source / 'text.png'}: not a readable image" in err
-    assert f"{source / 'cut.jpg'}: not a readable image" in err
-    assert err.splitlines()[-1] == f"{target}: 2 of 5 pictures are missing, for the reasons above"
-    assert len(err.splitlines()) == 3
-    assert sorted(path.name for path in target.iterdir()) == ["a ö.png", "b.jpg", "grey.png"]
-    assert iio.imread(target / "a ö.png").shape == (9, 14, 3)
-    assert iio.imread(target / "grey.png").shape == (5, 6)
-    assert f"{target / 'b.jpg'}: 20x30, noise about " in printed
+    line = told_line(denoise, trained, source, target)
+    assert line == f"{target}: 2 of 5 pictures are missing, for the reasons above"
+    named = sorted(line.split(" (")[0] for line in capsys.readouterr().err.splitlines())
+    assert named == [f"{source / name}: not a readable image" for name in ("cut.jpg", "text.png")]
+    assert sorted(path.name for path in target.iterdir()) == list(pictures)
+    model = util.load_model(trained.out, NAME, "autoencoder")
+    for name in ("a ö.png", "grey.png"):
+        pixels = iio.imread(source / name).reshape(*pictures[name][:2], -1)
+        expected = util.denoise_picture(model, pixels)[0].reshape(pictures[name])
+        np.testing.assert_array_equal(iio.imread(target / name), expected)
     before = (target / "b.jpg").read_bytes()
     (target / "b.jpg").write_bytes(b"mine")
-    picture = ["denoise", source / "b.jpg", "--to", target, *arguments[4:]]
-    code, _, err = run("simple_autoencoder.py", *picture)
-    assert code == 1
-    assert f"{target / 'b.jpg'}: is there already; choose another --to, or --force" in err
-    code, _, err = run("simple_autoencoder.py", *picture, "--force")
-    assert code == 0, err
+    told_line(denoise, trained, source / "b.jpg", target)
+    told = capsys.readouterr().err
+    assert told == f"{target / 'b.jpg'}: is there already; choose another --to, or --force\n"
+    printed = denoise(trained, source / "b.jpg", target, "--force")
+    assert re.fullmatch(rf"{target / 'b.jpg'}: 20x30, \d\.\d s\n", printed)
     assert (target / "b.jpg").read_bytes() == before
 
 
-def test_denoise_never_overwrites_its_input(trained, tmp_path):
+def test_denoise_never_overwrites_its_input(trained, tmp_path, capsys):
     path = tmp_path / "a.png"
     iio.imwrite(path, random_images(8, 8, 3))
     before = path.read_bytes()
-    arguments = ["denoise", path, "--to", tmp_path, "--force", "--name=simple_photos", "--out", trained[0]]
-    code, _, err = run("simple_autoencoder.py", *arguments)
-    assert code == 1
-    assert f"{path}: is there already; choose another --to\n" in err
+    told_line(denoise, trained, path, tmp_path, "--force")
+    assert capsys.readouterr().err == f"{path}: is there already; choose another --to\n"
     assert path.read_bytes() == before
 
 
@@ -562,62 +767,37 @@ def test_resumed_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
     assert args.dataset == str(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (33, 57, 3), (40, 21, 1)])
-def test_samples_of_a_picture_have_the_posteriors_deviation(shape, monkeypatch):
-    encoder, decoder = small_models()  # the identity, and a log-variance of -10 for each of 2x2x3 values
-    model = simple.build_autoencoder(encoder, decoder)
-    sampler = simple.window_sampler(encoder, decoder, 40)
-    expected = 255 * np.exp(-5) / (np.sqrt(3) if shape[2] == 1 else 1)
-    for depth in (np.uint8, np.uint16):
-        pixels = np.full(shape, np.iinfo(depth).max // 2, depth)
-        denoised, _, deviation = simple.denoise_pixels(model, pixels, draws=sampler)
-        assert denoised.dtype == depth
-        assert deviation.shape == (*shape[:2], 1)
-        assert deviation.mean(dtype=float) == pytest.approx(expected, rel=0.4 if shape == (1, 1, 3) else 0.04)
-        away = np.abs(denoised - pixels.astype(float)).max() / np.iinfo(depth).max * 255
-        assert away < 5 * expected / np.sqrt(40) + 1
-        monkeypatch.setattr(simple, "SAMPLING_TILE", 16)
-        again, _, same = simple.denoise_pixels(model, pixels, draws=sampler)
-        monkeypatch.undo()
-        np.testing.assert_allclose(again, denoised, atol=1)
-        np.testing.assert_allclose(same, deviation, rtol=0.01)
-
-
-def test_deviation_is_written_beside_the_picture(trained, tmp_path, capsys):
-    for name in ("a ä.jpg", "b.png"):
-        iio.imwrite(tmp_path / name, random_images(9, 14, 3))
-    arguments = ["denoise", str(tmp_path / "a ä.jpg"), "--name=simple_photos", "--out", str(trained[0])]
-    for target in ("first", "second"):
-        simple.main([*arguments, "--samples=3", "--to", str(tmp_path / target)])
-    told = re.search(
-        r"a ä.jpg: 14x9, noise about \d+\.\d, mean deviation (\d\.\d\d), ", capsys.readouterr().out
-    )
-    written = tmp_path / "first/a ä_deviation.png"
-    assert sorted(path.name for path in written.parent.iterdir()) == ["a ä.jpg", "a ä_deviation.png"]
-    brightness = iio.imread(written)
-    assert brightness.shape == (9, 14)
-    assert brightness.mean() / simple.DEVIATION_SCALE == pytest.approx(float(told[1]), abs=0.01)
+def test_expected_error_is_told_and_written_beside_the_picture(trained, tmp_path, capsys):
+    source, first, second = tmp_path / "a ä.jpg", tmp_path / "first", tmp_path / "second"
+    iio.imwrite(source, random_images(9, 14, 3))
+    printed = [denoise(trained, source, target, "--samples=3") for target in (first, second)][0]
+    told = re.search(r"a ä.jpg: 14x9, expected error (\d+\.\d\d) grey levels, PSNR (\d+\.\d\d) dB, ", printed)
+    parts = [util.load_model(trained.out, NAME, part) for part in ("autoencoder", "encoder", "decoder")]
+    _, errors = util.denoise_picture(parts[0], iio.imread(source), posterior=parts[1:], samples=3)
+    brightness = np.minimum(np.round(simple.DEVIATION_SCALE * errors), 255)
+    written = first / "a ä_deviation.png"
+    assert sorted(path.name for path in first.iterdir()) == ["a ä.jpg", written.name]
+    np.testing.assert_array_equal(iio.imread(written), brightness)
+    error = np.sqrt(np.square(errors.astype(float)).mean())
+    assert float(told[1]) == pytest.approx(error, abs=0.006)
+    assert float(told[2]) == pytest.approx(20 * np.log10(255 / error), abs=0.006)
     for name in ("a ä.jpg", "a ä_deviation.png"):  # the same command draws the same
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
-    (tmp_path / "first/a ä.jpg").unlink()
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    (first / "a ä.jpg").unlink()
     written.write_bytes(b"mine")
-    again = [*arguments, "--samples=3", "--to", str(tmp_path / "first")]
-    with pytest.raises(OSError, match="1 of 1 pictures are missing"):
-        simple.main(again)
+    assert "1 of 1 pictures are missing" in told_line(denoise, trained, source, first, "--samples=3")
     assert f"{written}: is there already; choose another --to, or --force" in capsys.readouterr().err
-    assert list(written.parent.iterdir()) == [written]
+    assert list(first.iterdir()) == [written]
     assert written.read_bytes() == b"mine"
-    simple.main([*again, "--force"])
-    assert iio.imread(written).shape == (9, 14)
+    denoise(trained, source, first, "--samples=3", "--force")
+    assert written.read_bytes() == (second / "a ä_deviation.png").read_bytes()
 
 
 def test_deviation_never_overwrites_a_picture_that_was_given(trained, tmp_path):
     given = tmp_path / "a_deviation.png"
     iio.imwrite(given, random_images(8, 8, 3))
     before = given.read_bytes()
-    arguments = ["--samples=2", "--force", "--name=simple_photos", "--out", str(trained[0])]
-    with pytest.raises(OSError, match="1 of 1 pictures are missing"):
-        simple.main(["denoise", str(given), "--to", str(tmp_path / "a.png"), *arguments])
+    told_line(denoise, trained, given, tmp_path / "a.png", "--samples=2", "--force")
     assert given.read_bytes() == before
     pictures = [tmp_path / "in/a.png", given]
     simple.sources_and_targets(pictures, tmp_path)
@@ -635,10 +815,10 @@ def test_model_of_photographs_is_taken_where_it_is_saved(tmp_path):
     assert simple.parse_args(arguments, "stacked").name == "stacked_cifar10"
 
 
-def test_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
+def test_target_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file: cannot be written to .*; choose another --to"):
-        simple.main(["denoise", "a.png", "--to", str(tmp_path / "file"), "--out", str(tmp_path)])
+    line = told_line(printed_by, simple, "denoise", "a.png", "--to", tmp_path / "file", "--out", tmp_path)
+    assert re.search("file: cannot be written to .*; choose another --to", line)
 
 
 def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):
@@ -649,3 +829,274 @@ def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):
         simple.sources_and_targets(pictures, tmp_path / "out")
     assert simple.sources_and_targets(pictures[:1], tmp_path / "b.jpg") == [(pictures[0], tmp_path / "b.jpg")]
     assert simple.sources_and_targets(pictures[:1], tmp_path) == [(pictures[0], tmp_path / "a.png")]
+
+
+def gaussian_truth(samples, deviation, count=40_000):
+    """Truth from N(0, 0.1^2) around 1/2, as images of one pixel, and draws of another deviation."""
+    rng = np.random.default_rng(0)
+    clean = 0.5 + 0.1 * rng.standard_normal((count, 1, 1, 3))
+    return clean, 0.5 + deviation * rng.standard_normal((samples, count, 1, 1, 3))
+
+
+def test_draws_from_the_true_distribution_are_calibrated_and_others_are_not():
+    for deviation, covers in ((0.1, 0.9), (0.05, 0.589), (0.2, 0.999)):  # 2 Phi(1.645 deviation / 0.1) - 1
+        clean, draws = gaussian_truth(64, deviation)
+        measured = {side: simple.compare_draws(clean, draws) for side in simple.CRPS_WEIGHTS} | {
+            "samples": 64
+        }
+        row = simple.calibration_rows(measured, 25)[0]
+        ratio = deviation**2 * (1 + 1 / 64) / (0.1**2 + deviation**2 / 64)  # the draws' mean errs by more
+        assert row["spread/skill"] == pytest.approx(np.sqrt(ratio), rel=0.02)
+        assert row["90% covers"] == pytest.approx(covers, abs=0.01)
+        ranks = np.bincount(measured[1]["rank"], minlength=65) / clean.size * 65
+        assert (abs(ranks[0] - 1) < 0.1) == (deviation == 0.1)
+
+
+def test_crps_of_draws_against_all_pairs_and_that_of_a_gaussian_against_its_integral():
+    clean, draws = gaussian_truth(5, 0.1, count=30)
+    compared = simple.compare_draws(clean, draws)
+    pairs = np.abs(draws[:, None] - draws[None]).sum(axis=(0, 1)) / (5 * 4)
+    expected = np.abs(draws - clean).mean(axis=0) - pairs / 2
+    np.testing.assert_allclose(compared["crps"], expected.ravel(), atol=1e-6)
+    mean, x = draws.mean(axis=0), np.linspace(-2, 3, 50_001)
+    spread = np.abs(clean - mean).reshape(30, 3)
+    spread = np.sqrt(np.square(spread).mean(axis=1))[:, None] * np.ones(3)
+    for value, centre, width, told in zip(
+        clean.ravel(), mean.ravel(), spread.ravel(), compared["gaussian"], strict=True
+    ):
+        integral = np.square(norm.cdf(x, centre, width) - (x >= value)).sum() * (x[1] - x[0])
+        assert told == pytest.approx(integral, abs=2e-4)
+
+
+def test_the_true_deviation_scores_best():
+    losses = {}
+    for deviation in (0.05, 0.08, 0.1, 0.125, 0.2):
+        clean, draws = gaussian_truth(2, deviation)
+        losses[deviation] = simple.compare_draws(clean, draws)["crps"].mean()
+    assert min(losses, key=losses.get) == 0.1
+
+
+def test_means_of_blocks_by_hand():
+    images = np.arange(2 * 5 * 4 * 3, dtype=np.float64).reshape(2, 5, 4, 3)
+    blocks = simple.block_means(images, 2)
+    assert blocks.shape == (2, 2, 2, 3)
+    np.testing.assert_allclose(blocks[1, 1, 0], images[1, 2:4, 0:2].mean(axis=(0, 1)))
+
+
+def test_loss_of_the_detail_code_against_its_formula():
+    models, detail = map(shaken, small_models()), map(shaken, small_detail_models())
+    vae = simple.DetailVAE(*models, *detail, kl_weight=0.25)
+    clean = random_images(3, 16, 16, 3).astype(np.float32) / 255
+    noisy = add_noise(random_images(3, 16, 16, 3), 25)
+    denoised, told, draws, (log_var,) = vae(noisy, training=False)
+    np.testing.assert_array_equal(told, noisy)
+    loss = float(vae.compute_loss(noisy, clean, (denoised, told, draws, [log_var]), training=False))
+    a, b, log_var = (np.asarray(array, np.float64) for array in (*draws, log_var))
+    sigma = np.sqrt(((noisy - clean) ** 2).mean(axis=(1, 2, 3)))
+    weight = 1 / np.maximum(2 / 255, np.sqrt(8 * sigma / 255) / 4)
+    kl = 0.5 * (np.exp(log_var) - 1 - log_var).sum(axis=(1, 2, 3)) / (16 * 16 * 3)
+    expected = 0.25 * kl.mean()
+    for side, share in simple.CRPS_WEIGHTS.items():
+        x, y, z = (simple.block_means(images, side) for images in (a, b, clean))
+        crps = (np.abs(x - z) + np.abs(y - z) - np.abs(x - y)) / 2
+        expected += share * (weight * crps.mean(axis=(1, 2, 3))).mean()
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert np.abs(a - b).mean() > 0.01
+
+
+def test_detail_of_zero_adds_nothing_and_its_training_leaves_the_mean_alone():
+    models, detail = list(map(shaken, small_models())), list(map(shaken, small_detail_models()))
+    images = random_images(64, 16, 16, 3)
+    encoder, decoder = simple.join_encoders(models[0], detail[0]), simple.join_decoders(models[1], detail[1])
+    autoencoder = simple.build_autoencoder(*models)
+    noisy = add_noise(images[:4], 25)
+    before = autoencoder.predict(noisy, verbose=0)
+    vae = simple.DetailVAE(*models, *detail)
+    vae.compile(optimizer=simple.build_optimizer(1e-2, 8))
+    weights = detail[1].get_weights()[0]
+    vae.fit(Batches(images, 16), epochs=2, verbose=0, shuffle=False)
+    assert np.abs(detail[1].get_weights()[0] - weights).max() > 1e-4
+    outputs = encoder.predict(noisy, verbose=0)
+    assert np.abs(outputs[2]).max() == 0
+    assert np.ptp(outputs[3]) > 0
+    np.testing.assert_array_equal(autoencoder.predict(noisy, verbose=0), before)
+    means, _ = util.split_codes(outputs)
+    np.testing.assert_allclose(util.decode_arrays(decoder, means), before, atol=1e-5)
+
+
+def test_training_makes_draws_as_wide_as_the_error():
+    """Clean images are 1/2 plus white noise of a tenth, so that their posterior is known (Gaussian)."""
+    models, detail = small_models(), small_detail_models()
+    truth = 0.5 + 0.1 * np.random.default_rng(5).standard_normal((256, 8, 8, 3))
+    images = util.to_uint8(truth)
+    # a decoder that shrinks what it sees to the posterior's mean at sigma 25.5: half way to 1/2
+    kernel, bias = models[1].get_layer("to_pixels").get_weights()
+    models[1].get_layer("to_pixels").set_weights([kernel / 2, bias])
+    vae = simple.DetailVAE(*models, *detail, kl_weight=1e-3)
+    vae.compile(optimizer=simple.build_optimizer(1e-3, 320))
+    vae.fit(Batches(images, 16, sigma=(25.5, 25.5)), epochs=20, verbose=0, shuffle=False)
+    encoder, decoder = simple.join_encoders(models[0], detail[0]), simple.join_decoders(models[1], detail[1])
+    rows = simple.calibration_rows(simple.measure_posterior(encoder, decoder, images[:100], 25.5, 32), 25.5)
+    assert rows[0]["spread/skill"] == pytest.approx(1, abs=0.15)
+    assert rows[-1]["spread/skill"] == pytest.approx(1, abs=0.3)
+
+
+def test_expected_psnr_is_that_of_draws_from_the_result():
+    encoder, decoder = (shaken(model) for model in small_models())
+    detail = [shaken(model) for model in small_detail_models()]
+    encoder, decoder = simple.join_encoders(encoder, detail[0]), simple.join_decoders(decoder, detail[1])
+    clean = random_images(3, 16, 16, 3)
+    measured = simple.measure_posterior(encoder, decoder, clean, 25, samples=8, at_once=2)
+    assert {len(measured[label]) for label in ("posterior mean", "one draw", "expected")} == {3}
+    assert len(measured[2]["error"]) == 3 * 8 * 8 * 3
+    noisy = add_noise(clean, 25)
+    draws = simple.decoded_draws(encoder, decoder, noisy[:2], 8, (simple.TEST_NOISE_SEED, 0))
+    mean = util.decode_arrays(decoder, util.split_codes(encoder.predict(noisy[:2], verbose=0))[0])
+    error = np.square(np.clip(draws, 0, 1) - np.clip(mean, 0, 1)).mean(axis=(0, 2, 3, 4))
+    np.testing.assert_allclose(measured["expected"][:2], -10 * np.log10(error), rtol=1e-4)
+
+
+def test_detail_code_is_trained_on_from_a_saved_run(trained, tmp_path):
+    out = shutil.copytree(trained.out, tmp_path / "out")
+    gif = (out / f"gifs/{NAME}_group.gif").read_bytes()
+    printed = printed_by(simple, *TINY, "--start", NAME, "--epochs=0", "--detail-epochs=1", "--out", out)
+    assert "val_crps" in printed
+    assert "val_psnr: nan" not in printed
+    assert_same_weights(trained.out, out)
+    ours, theirs = (util.read_csv(folder / f"logs/{NAME}.csv") for folder in (out, trained.out))
+    assert [row["stage"] for row in ours] == ["z", "z", "detail"]
+    assert [row["epoch"] for row in ours] == [1, 2, 3]
+    assert ours[:2] == theirs[:2]
+    assert (out / f"gifs/{NAME}_group.gif").read_bytes() == gif
+    usage = usage_error(simple.parse_args, ["--epochs=0"])
+    assert "argument --epochs: 0 keeps what --start names" in usage
+
+
+def test_posterior_figure_shows_draws_and_calibration(trained):
+    figure = trained.figures[f"{NAME}_posterior.png"]
+    left, right = figure.subfigs
+    labels = [label for label, _ in labels_of(left) if label]
+    assert labels == ["noisy, sigma 50", "mean", "draw 1", "draw 2", "draw 3", "deviation", "error", "clean"]
+    maps = [axis.images[0] for axis in left.axes if axis.images and axis.images[0].get_array().ndim == 2]
+    assert len({image.get_clim() for image in maps}) == 1
+    reliability, histogram = curves_of(right)
+    assert (reliability[0], histogram[0]) == ("central interval of draws", "share of draws below the truth")
+    assert all(0 <= share <= 1 for _, shares in reliability[2] for share in shares)
+    assert all(np.mean(density) == pytest.approx(1, abs=0.05) for _, density in histogram[2])
+    foretold = curves_of(trained.figures[f"{NAME}_expected.png"])[0]
+    assert foretold[:2] == ("expected PSNR in dB, from the noisy image alone", "true PSNR in dB")
+
+
+@pytest.fixture
+def test_set(trained_copy, tmp_path):
+    """Folder of a colour, a grey and a nested picture of different sizes, and the output folder of a run."""
+    for name, shape in (("a.png", (33, 40, 3)), ("grey.png", (24, 31)), ("inside/b.png", (26, 26, 3))):
+        (tmp_path / "clean" / name).parent.mkdir(parents=True, exist_ok=True)
+        smooth = random_images(*shape).astype(float) / 8 + 100
+        iio.imwrite(tmp_path / "clean" / name, smooth.astype(np.uint8))
+    return tmp_path / "clean", trained_copy
+
+
+def test_pictures_of_a_folder_are_measured_by_the_protocol(test_set, tmp_path):
+    clean, out = test_set
+    printed = printed_by(
+        simple,
+        "evaluate",
+        "--pictures",
+        clean,
+        "--name",
+        NAME,
+        "--noise",
+        "white",
+        "grey",
+        "--samples=2",
+        "--save",
+        tmp_path / "saved",
+        "--out",
+        out,
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line]
+    assert rows[0] == [
+        "noise",
+        "picture",
+        "noisy PSNR",
+        "PSNR",
+        "noisy SSIM",
+        "SSIM",
+        "expected PSNR",
+        "90% covers",
+    ]
+    measured = {(row[0], row[1]): row[2:] for row in rows}
+    assert {name for _, name in measured} >= {"a", "grey", "inside/b", "mean of 3"}
+    model = util.load_model(out, NAME, "autoencoder")
+    for name, file in (("a", "a.png"), ("grey", "grey.png")):
+        picture = np.atleast_3d(iio.imread(clean / file))
+        noisy = add_noise(picture[None], 25)
+        denoised = util.to_uint8(util.denoise_picture(model, noisy[0])[0])[None]
+        expected = [util.psnr(picture[None], image)[0] for image in (util.to_uint8(noisy), denoised)]
+        assert [float(cell) for cell in measured["white 25", name][:2]] == pytest.approx(expected, abs=0.011)
+    mean = np.mean([float(measured["white 25", name][1]) for name in ("a", "grey", "inside/b")])
+    assert float(measured["white 25", "mean of 3"][1]) == pytest.approx(mean, abs=0.02)
+    saved = iio.imread(tmp_path / "saved/inside_b_white_15.png")
+    expected = add_noise(iio.imread(clean / "inside/b.png")[None], 15)[0]
+    np.testing.assert_array_equal(saved, util.to_uint8(expected))
+
+
+def test_real_pairs_are_measured_by_their_names(test_set, tmp_path):
+    clean, out = test_set
+    for path in clean.rglob("*.png"):
+        noisy = tmp_path / "noisy" / path.relative_to(clean).with_suffix(".tif")
+        noisy.parent.mkdir(parents=True, exist_ok=True)
+        picture = iio.imread(path)
+        iio.imwrite(
+            noisy, np.clip(picture.astype(int) + random_images(*picture.shape) // 32, 0, 255).astype(np.uint8)
+        )
+    arguments = ["evaluate", "--pictures", clean, "--noisy", tmp_path / "noisy", "--name", NAME, "--out", out]
+    printed = printed_by(simple, *arguments)
+    row = next(line for line in printed.splitlines() if "inside/b" in line)
+    pair = [iio.imread(clean / "inside/b.png"), iio.imread(tmp_path / "noisy/inside/b.tif")]
+    assert float(row.split("|")[3]) == pytest.approx(
+        util.psnr(*(image[None] for image in pair))[0], abs=0.006
+    )
+    iio.imwrite(tmp_path / "noisy/a.tif", random_images(30, 40, 3))
+    told = told_line(simple.main, [*map(str, arguments)])
+    assert (
+        told == f"{tmp_path}/noisy/a.tif: of another size than its partner (33x40x3 and 30x40x3); remove one"
+    )
+    (tmp_path / "noisy/a.tif").unlink()
+    told = told_line(simple.main, [*map(str, arguments)])
+    assert told == f"{tmp_path}/noisy: has no picture named a, as the other folder does; add or remove it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--noise", "pink"], "invalid choice: 'pink'"),
+        (["--noisy", "x"], "argument --noisy: give the clean pictures, too"),
+        (["--samples", "-1"], "-1 is not from 0"),
+    ],
+)
+def test_wrong_usage_of_a_test_set(arguments, told):
+    assert told in usage_error(simple.parse_args, ["evaluate", *arguments])
+
+
+def test_folder_without_pictures_is_told(test_set, tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments = ["evaluate", "--pictures", str(tmp_path / "empty"), "--name", NAME, "--out", str(test_set[1])]
+    assert told_line(simple.main, arguments).startswith(f"{tmp_path}/empty: there are no images in it")
+
+
+def test_validation_images_have_the_kinds_of_noise_of_the_training():
+    clean = random_images(40, 16, 16, 3)
+    args = Namespace(sigma=(0, 75), noise={"white": 0.5, "grey": 0.25, "uniform": 0.25})
+    noisy, target = simple.validation_pair(clean, args)
+    is_grey = (np.ptp(target, axis=-1) == 0).all(axis=(1, 2))
+    assert is_grey.sum() == 10
+    np.testing.assert_allclose(np.ptp((noisy - target)[is_grey], axis=-1), 0, atol=1e-6)
+    np.testing.assert_array_equal(util.to_uint8(target[~is_grey]), clean[~is_grey])
+    again, _ = simple.validation_pair(clean, args)
+    np.testing.assert_array_equal(again, noisy)
+    white = simple.validation_pair(clean, Namespace(sigma=(0, 75), noise={"white": 1.0}))[0]
+    sigmas = np.linspace(0, 75, 40)
+    expected = add_noise(clean, sigmas, np.random.default_rng(simple.VALIDATION_NOISE_SEED))
+    np.testing.assert_array_equal(white, expected)

@@ -1,6 +1,7 @@
 import hashlib
-import io
-import tarfile
+import signal
+import subprocess
+import sys
 
 import stl10_input
 from stl10_input import DataError, download, download_and_extract, extract
@@ -8,11 +9,11 @@ from stl10_input import DataError, download, download_and_extract, extract
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from conftest import CONTENT
+from conftest import CONTENT, MD5, ROOT, archive_of, random_images, start, until, usage_error
 
 
 def test_images_are_read_as_a_loop_over_the_pixels_reads_them(tmp_path):
-    raw = np.random.default_rng(0).integers(0, 256, 2 * stl10_input.IMAGE_BYTES, np.uint8)
+    raw = random_images(2 * stl10_input.IMAGE_BYTES)
     path = tmp_path / "train_X.bin"
     raw.tofile(path)
     images = stl10_input.read_all_images(path)
@@ -67,14 +68,11 @@ def test_missing_file_tells_what_to_run(tmp_path):
 
 
 def test_saved_images_are_the_images(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), np.uint8)
+    images = random_images(3, 96, 96, 3)
     stl10_input.save_images(images, [1, 10, 1], tmp_path)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert names == ["airplane/00000.png", "airplane/00002.png", "truck/00001.png"]
     np.testing.assert_array_equal(iio.imread(tmp_path / "truck/00001.png")[..., :3], images[1])
-
-
-MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 def fetch(server, path, **options):
@@ -160,18 +158,6 @@ def test_offline_tells_where_to_put_which_file(tmp_path):
         download(url, path, MD5, attempts=2, pause=0.01)
 
 
-def archive_of(path, members):
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                info.type, info.linkname = tarfile.SYMTYPE, content
-                tar.addfile(info)
-            else:
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
 FILES = {"set/a.bin": hashlib.md5(b"aaa").hexdigest(), "set/b.bin": hashlib.md5(b"bbb").hexdigest()}
 GOOD = [("set/a.bin", b"aaa"), ("set/b.bin", b"bbb")]
 
@@ -202,8 +188,7 @@ def test_bad_archive_leaves_nothing(tmp_path, members, message):
 
 def test_truncated_archive_is_told(tmp_path):
     noise = np.random.default_rng(0).bytes(100_000)
-    archive_of(tmp_path / "a.tar.gz", [("set/a.bin", noise)])
-    whole = (tmp_path / "a.tar.gz").read_bytes()
+    whole = archive_of(tmp_path / "a.tar.gz", [("set/a.bin", noise)])
     for length in (0, 10, len(whole) // 2):
         (tmp_path / "a.tar.gz").write_bytes(whole[:length])
         with pytest.raises(DataError, match="a.tar.gz: "):
@@ -212,15 +197,78 @@ def test_truncated_archive_is_told(tmp_path):
 
 
 def test_archive_put_by_hand_needs_no_network(tmp_path):
-    archive_of(tmp_path / "set.tar.gz", GOOD)
-    md5 = stl10_input.md5_of(tmp_path / "set.tar.gz")
+    md5 = hashlib.md5(archive_of(tmp_path / "set.tar.gz", GOOD)).hexdigest()
     paths = download_and_extract(tmp_path, "http://127.0.0.1:9/set.tar.gz", md5, FILES)
     assert [path.read_bytes() for path in paths] == [b"aaa", b"bbb"]
     (tmp_path / "set.tar.gz").unlink()
     assert download_and_extract(tmp_path, "http://127.0.0.1:9/set.tar.gz", md5, FILES) == paths
 
 
-def test_data_folder_that_is_a_file(tmp_path):
-    (tmp_path / "data").write_text("")
-    with pytest.raises(DataError, match="choose another --data-dir"):
-        download_and_extract(tmp_path / "data", "http://127.0.0.1:9/set.tar.gz", MD5, FILES)
+FETCH = """
+import sys, stl10_input
+url, md5, name, checksum, folder = sys.argv[1:]
+stl10_input.download_and_extract(folder, url, md5, {name: checksum})
+"""
+
+
+def test_killed_download_transfers_only_the_rest(server, tmp_path):
+    server.content = archive_of(tmp_path / "a.tar.gz", [("set/a.bin", CONTENT)])
+    checksum = hashlib.md5(server.content).hexdigest()
+    command = [sys.executable, "-c", FETCH, server.url, checksum, "set/a.bin", MD5, str(tmp_path / "data")]
+    server.faults = ["stall"]
+    half = len(server.content) // 2
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        part = tmp_path / "data/file.tar.gz.part"
+        until(lambda: part.exists() and part.stat().st_size >= half // 2**20 * 2**20)
+        process.kill()
+    kept = part.stat().st_size
+    assert 0 < kept <= half
+    assert not (tmp_path / "data/set").exists()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert server.asked == [0, kept]
+    assert server.sent == half + len(server.content) - kept
+    assert (tmp_path / "data/set/a.bin").read_bytes() == CONTENT
+
+
+def start_with(server, folder):
+    """Start stl10_input.py with the local server in the place of the official one."""
+    environment = {"http_proxy": server.url.rsplit("/", 1)[0]}
+    return start("stl10_input.py", "--data-dir", folder, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("html", "a web page instead of the file"), (404, "HTTP Error 404"), (None, "its MD5 is ")],
+)
+def test_script_tells_a_failed_download_in_one_line(server, tmp_path, fault, told):
+    server.faults = [fault]
+    process = start_with(server, tmp_path)
+    printed, err = process.communicate()
+    assert process.returncode == 1
+    assert len(err.splitlines()) == 1
+    assert err.startswith(f"{stl10_input.DATA_URL}: ")
+    assert told in err
+    assert f"put it at {tmp_path}/stl10_binary.tar.gz" in err
+    assert "\r" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["Ctrl-C", "closed output"])
+def test_script_keeps_what_it_has(server, tmp_path, ending):
+    server.faults = ["stall"]
+    process = start_with(server, tmp_path)
+    part = tmp_path / "stl10_binary.tar.gz.part"
+    if ending == "Ctrl-C":
+        until(lambda: part.exists() and part.stat().st_size)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+        assert (process.returncode, err.strip()) == (130, "Stopped; run again to go on where it stopped.")
+        assert part.stat().st_size
+    else:
+        process.stdout.close()
+        assert (process.wait(), process.stderr.read()) == (1, "")
+
+
+@pytest.mark.parametrize("argument", ["--save-images=-1", "--save-images=x", "--unknown"])
+def test_wrong_usage_is_told(argument):
+    assert "error: " in usage_error(stl10_input.parse_args, [argument])
