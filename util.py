@@ -572,7 +572,9 @@ def save_model(draft, model, name):
 
         def add(path, item):
             if isinstance(item, h5py.Dataset):
-                small[path] = _as_float16(item[()])
+                weight = _as_float16(item[()])
+                packed = {"compression": "gzip", "shuffle": True} if weight.size > 1000 else {}
+                small.create_dataset(path, data=weight, **packed)
             else:
                 small.require_group(path).attrs.update(item.attrs)
 
