@@ -22,7 +22,6 @@ import math
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import util
 from load_data import (
@@ -85,6 +84,7 @@ FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
 PHOTOGRAPHS = "photos432"  # data set whose model denoises them, where it is saved
+SIZES_KEPT = 100  # pictures after which what was compiled for their sizes is let go
 DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
 
 
@@ -1034,16 +1034,22 @@ def denoise_file(source, target, args, models):
         OSError: it cannot be read, or a file to be written exists, or cannot be written.
     """
     autoencoder, *posterior = models
-    for path in (target, deviation_path(target)) if posterior else (target,):
-        if path.exists() and (not args.force or path.samefile(source)):
-            remedy = "choose another --to" if path.samefile(source) else "choose another --to, or --force"
-            raise DataError(f"{path}: is there already; {remedy}")
+
+    def check_free():
+        for path in (target, deviation_path(target)) if posterior else (target,):
+            if path.exists() and (not args.force or path.samefile(source)):
+                remedy = "choose another --to" if path.samefile(source) else "choose another --to, or --force"
+                raise DataError(f"{path}: is there already; {remedy}")
+
+    check_free()
     started = time.monotonic()
     try:
         pixels, alpha, metadata = read_pixels(source)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        raise DataError(f"{source}: not a readable image ({util.first_line(error)})") from None
+        told = f"{source}: not a readable image ({util.first_line(error)}); convert it to plain PNG"
+        raise DataError(told) from None
     denoised, errors = util.denoise_picture(autoencoder, pixels, args.strength, posterior, args.samples)
+    check_free()  # another process may have been faster
     write_pixels(target, denoised, alpha, metadata)
     told = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}"
     if posterior:
@@ -1091,12 +1097,16 @@ def denoise_pictures(args):
     parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
     models = [util.load_model(args.out, args.name, part, args.precision) for part in parts]
     failed = 0
-    for source, target in pairs:
+    for index, (source, target) in enumerate(pairs):
+        if index % SIZES_KEPT == 0:
+            for model in models:
+                model.predict_function = None  # has kept something for each size of picture
         try:
             denoise_file(source, target, args, models)
-        except OSError as error:
+        except Exception as error:  # the others go on whatever it is, as too little memory
             failed += 1
-            print(util.error_line(error), file=sys.stderr, flush=True)
+            told = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
+            print(util.error_line(told), file=sys.stderr, flush=True)
     if failed:
         raise DataError(f"{args.to}: {failed} of {len(pairs)} pictures are missing, for the reasons above")
 
@@ -1143,17 +1153,22 @@ def add_evaluate_options(parser):
 def add_denoise_options(parser, kind):
     """Add the options of the verb `denoise`."""
     parser.add_argument(
-        "pictures", metavar="IN", type=Path, nargs="+", help="image files, or folders of them"
+        "pictures", metavar="IN", type=util.given_path, nargs="+", help="image files, or folders of them"
     )
     parser.add_argument(
-        "--to", type=Path, required=True, help="folder to write to, or a file name for a single picture"
+        "--to",
+        type=util.given_path,
+        required=True,
+        help="folder to write to, or a file name for a single picture",
     )
     parser.add_argument(
         "--name",
         type=util.run_name,
         help=f"run whose model denoises (default: {kind}_{PHOTOGRAPHS} if saved, else {kind}_cifar10)",
     )
-    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
+    parser.add_argument(
+        "--out", type=util.given_path, default=util.HERE, help="where models/, weights/ and logs/ are"
+    )
     parser.add_argument(
         "--strength",
         type=util.number(float, 0, 1),
