@@ -18,9 +18,7 @@ import math
 import mmap
 import os
 import pickle
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +44,7 @@ from util import (
 import keras
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
@@ -344,7 +342,6 @@ def read_pixels(path):
         raise OSError("no such file, or none of the regular kind")
     with Image.open(path, formats=FORMATS) as image:
         image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
-        _refuse_rare(image)
         grey_depth = image.mode.startswith("I")  # 16 bits
         deep = _bits(image) == 16 and not grey_depth  # colours, which Pillow would cut to 8 bits
         if image.format == "TIFF":
@@ -371,15 +368,12 @@ def read_pixels(path):
 
 
 def _bits(image):
-    """Bits of a channel in the file, where Pillow tells them: of PNG and TIFF; else 8."""
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-    return 16 if image.format == "PNG" and "16" in str(image.tile[0][3]) else 8
-
-
-def _refuse_rare(image):
-    tags, info, bits = getattr(image, "tag_v2", {}), image.info, _bits(image)
-    plain = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 2) in (1, 2) and "transparency" not in info
+    """Bits of a channel in the file, at most 8 or 16; raises OSError of an image that is rare."""
+    tags, info = getattr(image, "tag_v2", {}), image.info
+    deep_png = image.format == "PNG" and "16" in str(image.tile[0][3])
+    bits = 16 if deep_png else max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+    premultiplied = tags.get(TiffImagePlugin.EXTRASAMPLES) == (1,)
+    plain = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 2) in (1, 2) and not premultiplied
     gamma = SRGB_GAMMA if {"srgb", "icc_profile"} & set(info) else info.get("gamma", SRGB_GAMMA)
     rare = {
         f"more than {MAX_PIXELS:,} pixels": image.width * image.height > MAX_PIXELS,
@@ -388,25 +382,25 @@ def _refuse_rare(image):
         "floating point or signed pixels": set(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) != {1},
         f"pixels of {bits} bits": bits not in (1, 2, 4, 8, 16),
         f"pixels of kind {image.mode}": image.mode not in MODES,
-        "colours of 16 bits that are not plain RGB": bits == 16
-        and (not plain or tags.get(TiffImagePlugin.EXTRASAMPLES) == (1,)),
+        "colours of 16 bits that are not plain RGB": bits == 16 and (not plain or "transparency" in info),
         f"gamma {gamma}": abs(gamma - SRGB_GAMMA) > 0.01,
     }
     if found := [kind for kind, there in rare.items() if there]:
         raise OSError(", ".join(found))
+    return bits
 
 
 def _orientation_and_metadata(image):
     """EXIF orientation of an image, 1 where there is none, and the metadata of `read_pixels`."""
-    orientation, kept = 1, {"icc_profile": image.info.get("icc_profile") if image.mode != "CMYK" else None}
+    orientation, kept = 1, {"icc_profile": image.mode != "CMYK" and image.info.get("icc_profile")}
     with contextlib.suppress(Exception):  # damaged, which is no reason to do without the picture
         exif = image.getexif()
         orientation = exif.pop(ExifTags.Base.Orientation, 1)
         for tag in set(exif) - DESCRIPTIVE_TAGS if image.format == "TIFF" else ():
             del exif[tag]
-        kept["exif"] = exif.tobytes() if exif else None
+        kept["exif"] = exif and exif.tobytes()
         dpi = [float(value) for value in image.info.get("dpi", ())]
-        kept["dpi"] = dpi if all(0 < value < 1e5 for value in dpi) else None
+        kept["dpi"] = all(0 < value < 1e5 for value in dpi) and dpi
     return orientation, {key: value for key, value in kept.items() if value}
 
 
@@ -445,14 +439,13 @@ def _encoded(kind, channels, **metadata):
     """A file of pixels (H, W, 1 to 4), in memory: some encoders hang or crash on a full disk."""
     file, count, deep = io.BytesIO(), channels.shape[2], channels.dtype == np.uint16
     if deep and count > 1 and kind == "PNG":
-        return _with_metadata(_tensorflow_io().encode_png(channels).numpy(), **metadata)
+        return _with_metadata(_tensorflow_io().encode_png(channels).numpy(), metadata)
     if deep and count > 1:
         (tags := Image.Exif()).load(metadata.get("exif", b""))
         texts = [(tag, "s", 0, text.encode(), True) for tag, text in tags.items() if isinstance(text, str)]
-        options = {"compression": "zlib", "iccprofile": metadata.get("icc_profile"), "extratags": texts}
-        options |= {"resolution": metadata.get("dpi"), "metadata": None, "software": False}
-        alphas = [2] * (count - 3)  # 2: not multiplied into the colours
-        tifffile.imwrite(file, channels, photometric="rgb", extrasamples=alphas, **options)
+        options = {"resolution": metadata.get("dpi"), "iccprofile": metadata.get("icc_profile")}
+        options |= {"extrasamples": [2] * (count - 3), "extratags": texts}  # 2: not multiplied into colours
+        tifffile.imwrite(file, channels, compression="zlib", metadata=None, software=False, **options)
     else:
         if kind == "JPEG" and len(metadata.get("exif", b"")) > MAX_JPEG_EXIF:
             del metadata["exif"]
@@ -461,17 +454,11 @@ def _encoded(kind, channels, **metadata):
     return file.getvalue()
 
 
-def _with_metadata(png, icc_profile=None, exif=None, dpi=None):
-    """A PNG file, as bytes, with the chunks that hold the metadata of `read_pixels`."""
-    chunks = io.BytesIO()
-    if icc_profile:
-        PngImagePlugin.putchunk(chunks, b"iCCP", b"ICC Profile\0\0", zlib.compress(icc_profile))
-    if exif:
-        PngImagePlugin.putchunk(chunks, b"eXIf", exif.removeprefix(b"Exif\0\0"))
-    if dpi:  # in pixels per metre
-        PngImagePlugin.putchunk(chunks, b"pHYs", struct.pack(">IIB", *(round(v / 0.0254) for v in dpi), 1))
-    header = 8 + 25  # signature and IHDR, after which they may stand
-    return png[:header] + chunks.getvalue() + png[header:]
+def _with_metadata(png, metadata):
+    """A PNG file, as bytes, with the chunks in which Pillow writes the metadata of `read_pixels`."""
+    file, header = io.BytesIO(), 8 + 25  # signature and IHDR, after which they stand
+    Image.new("L", (1, 1)).save(file, "PNG", **metadata)
+    return png[:header] + file.getvalue()[header : file.getvalue().rindex(b"IDAT") - 4] + png[header:]
 
 
 def _tensorflow_io():

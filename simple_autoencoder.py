@@ -84,7 +84,6 @@ FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
 PHOTOGRAPHS = "photos432"  # data set whose model denoises them, where it is saved
-SIZES_KEPT = 100  # pictures after which what was compiled for their sizes is let go
 DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
 
 
@@ -1097,10 +1096,7 @@ def denoise_pictures(args):
     parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
     models = [util.load_model(args.out, args.name, part, args.precision) for part in parts]
     failed = 0
-    for index, (source, target) in enumerate(pairs):
-        if index % SIZES_KEPT == 0:
-            for model in models:
-                model.predict_function = None  # has kept something for each size of picture
+    for source, target in pairs:
         try:
             denoise_file(source, target, args, models)
         except Exception as error:  # the others go on whatever it is, as too little memory

@@ -43,7 +43,11 @@ try:
 except KeyboardInterrupt:  # these take seconds
     print("\nStopped.", file=sys.stderr)
     sys.exit(130)
-except (ImportError, OSError) as error:  # a backend that is not there, no folder for temporary files
+except (
+    ImportError,
+    OSError,
+    ValueError,
+) as error:  # a backend that is not there, no folder for temporary files
     sys.exit(f"{' '.join(str(error).split())}; see requirements.txt, KERAS_BACKEND and TMPDIR")
 
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
