@@ -41,7 +41,7 @@ METRIC = "euclidean"
 POOLED_SIDE = 4
 SVM_EPOCHS = 10
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 3
-SHOWN_OF_A_CLUSTER = 10
+SHOWN_CLUSTERS, SHOWN_OF_A_CLUSTER = 20, 10
 CHUNK = 1000  # images transformed at a time
 
 
@@ -253,7 +253,7 @@ def clusters_figure(data, gallery):
     images, labels = data.images[data.denoiser_split], data.labels[data.denoiser_split]
     rows = []
     for space, members in gallery.items():
-        for number, index in enumerate(members):
+        for number, index in enumerate(members[:SHOWN_CLUSTERS]):
             captions = [data.class_names[label] for label in labels[index]] if labels.min() >= 0 else None
             rows.append((f"{space}\ncluster {number}", images[index], captions))
     return util.rows_figure(rows, f"{data.name}: the images nearest to each centroid", cell=1)
@@ -267,7 +267,7 @@ def default_encoders(out, dataset):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add_data_options(parser)
     util.add_run_options(parser)

@@ -10,13 +10,15 @@ of several sigmas. The training scripts call `load_data` and `Batches` from here
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import itertools
 import math
 import mmap
+import os
 import pickle
-import zlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +26,11 @@ import stl10_input
 from stl10_input import DataError
 from util import (
     HERE,
+    NAME_BYTES,
     atomic,
     first_line,
     format_table,
+    given_path,
     number,
     progress,
     psnr,
@@ -37,14 +41,17 @@ from util import (
     to_uint8,
 )
 
-import imageio.v3 as iio
 import keras
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
+import tifffile
+from PIL import ExifTags, Image, TiffImagePlugin
 from scipy.ndimage import convolve
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
+
+Image.MAX_IMAGE_PIXELS = None  # telephones exceed Pillow's bound; MAX_PIXELS is ours
+warnings.filterwarnings("ignore", module="PIL")  # of slightly damaged files
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -64,6 +71,8 @@ BUILT_IN = ("cifar10", "stl10", "photos")
 SIGMAS = (15, 25, 35, 50, 75)  # of the protocol, on the 0-255 scale
 TEST_NOISE_SEED = 0
 SPLIT_SEED = 0
+PCA_VALUES = 20_000_000  # of the images whose PCA is told
+PATCH_SPLITS = ("train", "validation", "test")
 VALIDATION = 1000  # images at most, and at most a tenth of the training set
 STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
@@ -72,7 +81,13 @@ MAX_PATCHES = 100_000  # of a folder
 SHRINKING = (2, 4)  # training patches of photographs are cut from half and a quarter of the size, too
 FEWEST_HELD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
 MAX_JPEG_EXIF = 65_533  # bytes
-SAVE_OPTIONS = {"JPEG": {"quality": 95}, "AVIF": {"quality": 95}, "WEBP": {"lossless": True}}
+SAVE_OPTIONS = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # of picture files; others are refused, some start programs
+SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")  # of Pillow
+MAX_PIXELS = 250_000_000  # of a picture
+SRGB_GAMMA = 0.45455
+DESCRIPTIVE_TAGS = {270, 271, 272, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF, from title to GPS
 RESIZED_VERSION, PATCHES_VERSION = 1, 3  # of the caches
 
 # kinds of noise
@@ -185,9 +200,7 @@ def check_classes(data, dataset):
 
 def absolute_path(text):
     """Absolute path of what a command line names, so that --resume finds it from any folder."""
-    if not text:
-        raise ValueError(text)
-    return str(Path(text).resolve())
+    return str(given_path(text).resolve())
 
 
 def dataset_or_folder(text):
@@ -200,6 +213,7 @@ def dataset_name(dataset):
     if dataset in BUILT_IN:
         return dataset
     name = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(dataset).resolve().name) or "root"
+    name = name.encode()[:NAME_BYTES].decode(errors="ignore")
     return f"{name}_folder" if name in BUILT_IN else name
 
 
@@ -295,16 +309,19 @@ def _cached_resize(images, size, cache):
     """Resize a split that may be larger than memory, once, into a `.npy` file; returns it memory-mapped."""
     if not cache.exists():
         print(f"Resizing {len(images):,} images to {size}x{size} into {cache}", flush=True)
-        shape = (len(images), size, size, 3)
         advance = progress(len(images), "resized")
         # not through a memory map, where a full disk would kill the process
         with atomic(cache) as path, open(path, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            _write_header(file, (len(images), size, size, 3))
             for start in range(0, len(images), 1000):
                 file.write(resize(images[start : start + 1000], size))
                 advance(len(images[start : start + 1000]))
     return _open_cache(cache, (len(images), size, size, 3))
+
+
+def _write_header(file, shape):
+    """Write the header of a `.npy` file of bytes; its length does not depend on the number of images."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def _open_cache(cache, shape, dtype=np.uint8):
@@ -320,7 +337,7 @@ def _open_cache(cache, shape, dtype=np.uint8):
 
 
 def read_picture(path, as_grey=False):
-    """Read an image file of any kind as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
+    """Read an image file as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
 
     Args:
         path: Of the file.
@@ -341,70 +358,75 @@ def read_pixels(path):
     Returns:
         uint8 or uint16 array, (H, W, 1) of a grey image or (H, W, 3) of a coloured one (palettes and CMYK
         become RGB); its alpha (H, W), or None; and a dict with what else is worth keeping, where it has it:
-        `icc_profile`, its colour profile, and `exif`, without the orientation; both bytes.
+        `icc_profile` and `exif`, bytes, the latter without the orientation; and `dpi`, its resolution.
 
     Raises:
-        OSError: not an image, one of several frames, of floating point or 32 bits, or of 16 bits in a TIFF
-            that is neither grey nor plain RGB.
+        OSError: not a PNG, JPEG, TIFF or WebP file, or of a kind that is rare among them.
     """
-    with Image.open(path) as image:
+    if not Path(path).is_file():  # a pipe could wait for ever
+        raise OSError("no such file, or none of the regular kind")
+    with Image.open(path, formats=FORMATS) as image:
         image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a telephone's JPEG with extras
-            raise OSError("an image of several frames")
-        if image.mode == "F":
-            raise OSError("floating point pixels")
-        grey_depth = image.mode.startswith("I")  # more than 8 bits
-        deep = not grey_depth and _bits(image) > 8
-        deep_tiff = deep and image.format == "TIFF"
-        if not deep_tiff:
+        grey_depth = image.mode.startswith("I")  # 16 bits
+        deep = _bits(image) == 16 and not grey_depth  # colours, which Pillow would cut to 8 bits
+        if image.format == "TIFF":
+            image.getexif()  # while the file is open
+        if not deep or image.format == "PNG":
             image.load()  # which turns a TIFF upright and forgets its orientation
-        orientation, exif = _orientation_and_exif(image)
-        profile = image.info.get("icc_profile") if image.mode != "CMYK" else None
-        if deep_tiff:
-            pixels = _deep_tiff_pixels(path, image)
-        elif deep:  # colours of 16 bits, which Pillow would cut to 8
-            pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
-        elif grey_depth:
-            pixels = np.asarray(image)
-            if pixels.min() < 0 or pixels.max() > 65535:
-                raise OSError("pixels of 32 bits")
-            pixels = pixels.astype(np.uint16)
-        else:
+        orientation, metadata = _orientation_and_metadata(image)
+        if grey_depth:
+            pixels = np.asarray(image).astype(np.uint16)
+        elif not deep:
             transparent = "A" in image.mode or "transparency" in image.info
             grey = image.mode in ("1", "L", "LA")
             pixels = np.asarray(image.convert(("L" if grey else "RGB") + ("A" if transparent else "")))
+        elif image.format == "PNG":
+            pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
+        else:
+            with tifffile.TiffFile(path) as file:
+                pixels = file.pages[0].asarray()  # of planar configuration 2, channels come first
+            planar = image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+            pixels = pixels.transpose((1, 2, 0) if planar else (0, 1, 2))[..., : len(image.mode)]
     pixels = _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
     colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
-    metadata = {key: value for key, value in (("icc_profile", profile), ("exif", exif)) if value}
     return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
 
 
 def _bits(image):
-    """Bits of a channel in the file, where Pillow tells them: of PNG and TIFF; else 8."""
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-    return 16 if image.format == "PNG" and "16" in str(image.tile[0][3]) else 8
+    """Bits of a channel in the file, at most 8 or 16; raises OSError of an image that is rare."""
+    tags, info = getattr(image, "tag_v2", {}), image.info
+    deep_png = image.format == "PNG" and "16" in str(image.tile[0][3])
+    bits = 16 if deep_png else max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+    premultiplied = tags.get(TiffImagePlugin.EXTRASAMPLES) == (1,)
+    plain = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 2) in (1, 2) and not premultiplied
+    gamma = SRGB_GAMMA if {"srgb", "icc_profile"} & set(info) else info.get("gamma", SRGB_GAMMA)
+    rare = {
+        f"more than {MAX_PIXELS:,} pixels": image.width * image.height > MAX_PIXELS,
+        "an image of several frames": getattr(image, "n_frames", 1) > 1 and image.format != "MPO",
+        "microscopy": "<OME" in str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION)),
+        "floating point or signed pixels": set(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) != {1},
+        f"pixels of {bits} bits": bits not in (1, 2, 4, 8, 16),
+        f"pixels of kind {image.mode}": image.mode not in MODES,
+        "colours of 16 bits that are not plain RGB": bits == 16 and (not plain or "transparency" in info),
+        f"gamma {gamma}": abs(gamma - SRGB_GAMMA) > 0.01,
+    }
+    if found := [kind for kind, there in rare.items() if there]:
+        raise OSError(", ".join(found))
+    return bits
 
 
-def _deep_tiff_pixels(path, image):
-    """The colours of a TIFF of 16 bits, which Pillow would cut to 8; `image` is what it makes of the file."""
-    premultiplied = image.tag_v2.get(TiffImagePlugin.EXTRASAMPLES) == (1,)
-    if image.mode not in ("RGB", "RGBA") or premultiplied:
-        raise OSError("colours of 16 bits that are not plain RGB; convert it")
-    pixels = iio.imread(path, plugin="tifffile")
-    if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:  # channels first
-        pixels = np.moveaxis(pixels, 0, -1)
-    return pixels[..., : len(image.mode)]
-
-
-def _orientation_and_exif(image):
-    """EXIF of a loaded image: its orientation, 1 where there is none, and the rest as bytes, or None."""
-    try:
+def _orientation_and_metadata(image):
+    """EXIF orientation of an image, 1 where there is none, and the metadata of `read_pixels`."""
+    orientation, kept = 1, {"icc_profile": image.mode != "CMYK" and image.info.get("icc_profile")}
+    with contextlib.suppress(Exception):  # damaged, which is no reason to do without the picture
         exif = image.getexif()
         orientation = exif.pop(ExifTags.Base.Orientation, 1)
-        return orientation, exif.tobytes() if exif and "exif" in image.info else None
-    except Exception:  # damaged in one way or another, which is no reason to do without the picture
-        return 1, None
+        for tag in set(exif) - DESCRIPTIVE_TAGS if image.format == "TIFF" else ():
+            del exif[tag]
+        kept["exif"] = exif and exif.tobytes()
+        dpi = [float(value) for value in image.info.get("dpi", ())]
+        kept["dpi"] = all(0 < value < 1e5 for value in dpi) and dpi
+    return orientation, {key: value for key, value in kept.items() if value}
 
 
 def _upright(pixels, orientation):
@@ -421,46 +443,47 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
     Raises:
         OSError: the format cannot hold these channels or this depth; or the disk is full, and so on.
     """
-    suffix, metadata = path.suffix.lower(), dict(metadata or {})
-    kind = Image.registered_extensions().get(suffix)
-    if kind not in Image.SAVE:
+    suffix = path.suffix.lower()
+    kind, deep = SUFFIXES.get(suffix), pixels.dtype == np.uint16
+    if not kind:
         raise OSError(f"{path}: no format to write has this ending; choose .png")
-    if pixels.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
+    if deep and kind not in ("PNG", "TIFF"):
         raise OSError(f"{path}: {suffix} holds no 16 bits; choose .png")
-    if alpha is not None and kind == "JPEG":
-        raise OSError(f"{path}: JPEG holds no transparency; choose .png")
-    if kind == "JPEG" and len(metadata.get("exif", b"")) > MAX_JPEG_EXIF:
-        del metadata["exif"]
+    if alpha is not None and (kind == "JPEG" or deep and kind == "TIFF" and pixels.shape[2] == 1):
+        raise OSError(f"{path}: {kind} holds no transparency{' of grey of 16 bits' * deep}; choose .png")
     channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
+    try:
+        encoded = _encoded(kind, channels, **(metadata or {}))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path}: {suffix} cannot hold it ({first_line(error)}); choose .png") from None
     with atomic(path) as temporary:
-        if pixels.dtype == np.uint16 and channels.shape[2] > 1:
-            if suffix == ".png":
-                encoded = _tensorflow_io().encode_png(channels).numpy()
-                temporary.write_bytes(_with_metadata(encoded, **metadata))
-            elif channels.shape[2] == 2:
-                raise OSError(f"{path}: grey of 16 bits with transparency is written as .png only")
-            else:
-                profile = metadata.get("icc_profile")
-                options = {"compression": "zlib", "iccprofile": profile, "metadata": None}
-                alphas = [2] * (channels.shape[2] - 3)  # 2: not multiplied into the colours
-                iio.imwrite(temporary, channels, plugin="tifffile", extrasamples=alphas, **options)
-        else:
-            image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
-            try:
-                image.save(temporary, **SAVE_OPTIONS.get(kind, {}), **metadata)
-            except ValueError as error:
-                raise OSError(f"{path}: {suffix} cannot hold it ({error}); choose .png") from None
+        temporary.write_bytes(encoded)
 
 
-def _with_metadata(png, icc_profile=None, exif=None):
-    """A PNG file, as bytes, with the chunks that hold the metadata of `read_pixels`."""
-    chunks = io.BytesIO()
-    if icc_profile:
-        PngImagePlugin.putchunk(chunks, b"iCCP", b"ICC Profile\0\0", zlib.compress(icc_profile))
-    if exif:
-        PngImagePlugin.putchunk(chunks, b"eXIf", exif.removeprefix(b"Exif\0\0"))
-    header = 8 + 25  # signature and IHDR, after which they may stand
-    return png[:header] + chunks.getvalue() + png[header:]
+def _encoded(kind, channels, **metadata):
+    """A file of pixels (H, W, 1 to 4), in memory: some encoders hang or crash on a full disk."""
+    file, count, deep = io.BytesIO(), channels.shape[2], channels.dtype == np.uint16
+    if deep and count > 1 and kind == "PNG":
+        return _with_metadata(_tensorflow_io().encode_png(channels).numpy(), metadata)
+    if deep and count > 1:
+        (tags := Image.Exif()).load(metadata.get("exif", b""))
+        texts = [(tag, "s", 0, text.encode(), True) for tag, text in tags.items() if isinstance(text, str)]
+        options = {"resolution": metadata.get("dpi"), "iccprofile": metadata.get("icc_profile")}
+        options |= {"extrasamples": [2] * (count - 3), "extratags": texts}  # 2: not multiplied into colours
+        tifffile.imwrite(file, channels, compression="zlib", metadata=None, software=False, **options)
+    else:
+        if kind == "JPEG" and len(metadata.get("exif", b"")) > MAX_JPEG_EXIF:
+            del metadata["exif"]
+        image = Image.fromarray(channels.squeeze(2) if count == 1 else channels)
+        image.save(file, kind, **SAVE_OPTIONS.get(kind, {}), **metadata)
+    return file.getvalue()
+
+
+def _with_metadata(png, metadata):
+    """A PNG file, as bytes, with the chunks in which Pillow writes the metadata of `read_pixels`."""
+    file, header = io.BytesIO(), 8 + 25  # signature and IHDR, after which they stand
+    Image.new("L", (1, 1)).save(file, "PNG", **metadata)
+    return png[:header] + file.getvalue()[header : file.getvalue().rindex(b"IDAT") - 4] + png[header:]
 
 
 def _tensorflow_io():
@@ -483,7 +506,7 @@ def shrunk(picture, divisor):
 
 
 def _cut(picture, size, training, at_most, rng):
-    """Cut a picture (H, W, 3) into patches uint8 (N, size, size, 3), of which `at_most` are drawn.
+    """Cut a picture (H, W, 3) into a list of patches (size, size, 3), views of it; `at_most` are drawn.
 
     Training patches overlap by half, and smaller copies of the picture are cut as well, at the same distances
     in the picture itself. The others do not overlap.
@@ -495,10 +518,7 @@ def _cut(picture, size, training, at_most, rng):
     places = [(copy, *corner) for copy, step in copies for corner in corners(copy, size, step)]
     if len(places) > at_most:
         places = [places[index] for index in np.sort(rng.choice(len(places), at_most, replace=False))]
-    patches = np.empty((len(places), size, size, 3), np.uint8)
-    for patch, (copy, top, left) in zip(patches, places, strict=True):
-        patch[:] = copy[top : top + size, left : left + size]
-    return patches
+    return [copy[top : top + size, left : left + size] for copy, top, left in places]
 
 
 def split_pictures(labels):
@@ -519,7 +539,7 @@ def split_pictures(labels):
     return splits
 
 
-def _cut_and_split(pictures, labels_of, size):
+def _cuts(pictures, labels_of, size):
     """Split pictures among train, validation and test, then cut them.
 
     Of FEWEST_HELD_OUT and more, a twentieth each is kept for validation and test; of fewer, every picture
@@ -530,29 +550,30 @@ def _cut_and_split(pictures, labels_of, size):
         labels_of: Their labels.
         size: Side of a patch.
 
-    Returns:
-        Two dicts by split: patches uint8 (N, size, size, 3), labels int64 (N,).
+    Yields:
+        Split, label, and a list of patches uint8 (size, size, 3).
     """
     count, splits = len(labels_of), split_pictures(labels_of)
     rng = np.random.default_rng(SPLIT_SEED)
-    patches = {split: [] for split in ("train", "validation", "test")}
-    labels = {split: [] for split in patches}
     for picture, label, split_of_picture in zip(pictures, labels_of, splits, strict=True):
         if count >= FEWEST_HELD_OUT:
             regions = {split_of_picture: picture}
         else:
             first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
             bands = np.split(picture, [first, second], axis=1)
-            regions = dict(zip(patches, bands, strict=True))
+            regions = dict(zip(PATCH_SPLITS, bands, strict=True))
         for split, region in regions.items():
-            cuts = _cut(region, size, split == "train", max(1, MAX_PATCHES // count), rng)
-            patches[split].append(cuts)
-            labels[split].append(np.full(len(cuts), label, np.int64))
-    patches = {split: np.concatenate(cuts) for split, cuts in patches.items()}
-    labels = {split: np.concatenate(cuts) for split, cuts in labels.items()}
-    kept = evenly(len(labels["validation"]), VALIDATION)
-    patches["validation"], labels["validation"] = patches["validation"][kept], labels["validation"][kept]
-    return patches, labels
+            yield split, label, _cut(region, size, split == "train", max(1, MAX_PATCHES // count), rng)
+
+
+def _cut_and_split(pictures, labels_of, size):
+    """What `_cuts` yields, in memory: two dicts by split, patches uint8 (N, size, size, 3), labels (N,)."""
+    patches, labels = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
+    for split, label, cuts in _cuts(pictures, labels_of, size):
+        patches[split] += cuts
+        labels[split] += [label] * len(cuts)
+    patches = {split: np.array(cuts, np.uint8).reshape(-1, size, size, 3) for split, cuts in patches.items()}
+    return patches, {split: np.array(listed, np.int64) for split, listed in labels.items()}
 
 
 def _load_photos(size):
@@ -562,10 +583,14 @@ def _load_photos(size):
         Path(name).name: hashlib.md5(picture).hexdigest()
         for name, picture in zip(photographs.filenames, photographs.images, strict=True)
     }
-    return _nonempty(Data("photos", images, labels, PHOTOS_CLASSES, checksums), "photos", size)
+    return _usable(Data("photos", images, labels, PHOTOS_CLASSES, checksums), "photos", size)
 
 
-def _nonempty(data, source, size):
+def _usable(data, source, size):
+    """Data of patches, at most VALIDATION of them for validation; raises DataError where a split has none."""
+    kept = evenly(len(data.labels["validation"]), VALIDATION)
+    for parts in (data.images, data.labels):
+        parts["validation"] = parts["validation"][kept]
     for split, images in data.images.items():
         if not len(images):
             raise DataError(
@@ -584,16 +609,17 @@ def image_files(folder):
         raise DataError(
             f"{folder}: no such folder; --dataset is cifar10, stl10, photos or a folder of images"
         )
-    known = Image.registered_extensions()
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in known
+        if path.suffix.lower() in SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
-        raise DataError(f"{folder}: there are no images in it; choose another --dataset")
+        raise DataError(
+            f"{folder}: there are no images in it (links are not followed); choose another --dataset"
+        )
     return files
 
 
@@ -609,15 +635,14 @@ def _load_folder(folder, data_dir, size):
     Subfolders, if any, are the classes; what lies beside them is one more, of the data set's name.
     """
     files = image_files(folder)
-    stats = [
-        (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files
-    ]
-    digest = hashlib.md5(repr(stats).encode()).hexdigest()
+    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
+    listing = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
+    digest = hashlib.md5(repr((os.path.realpath(folder), listing)).encode()).hexdigest()
     name = dataset_name(folder)
     stem = f"{name}_{digest[:12]}_size{size}_v{PATCHES_VERSION}"
     class_of = classes_of(files, folder)
-    classes = tuple(sorted(set(class_of.values())))
-    cache = {split: data_dir / "cache" / f"{stem}_{split}.npy" for split in ("train", "validation", "test")}
+    classes = sorted(set(class_of.values()))
+    cache = {split: data_dir / "cache" / f"{stem}_{split}.npy" for split in PATCH_SPLITS}
     cached_labels = {split: path.with_name(f"{path.stem}_labels.npy") for split, path in cache.items()}
     if not all(path.exists() for path in (*cache.values(), *cached_labels.values())):
         print(
@@ -625,17 +650,34 @@ def _load_folder(folder, data_dir, size):
             flush=True,
         )
         labels = [classes.index(class_of[path]) for path in files]
-        images, labels = _cut_and_split(map(_readable_picture, files), labels, size)
-        for split in images:
-            for array, path in ((labels[split], cached_labels[split]), (images[split], cache[split])):
-                with atomic(path) as temporary, open(temporary, "wb") as file:
-                    np.save(file, array)
+        _write_cuts(_cuts(map(_readable_picture, files), labels, size), size, cache, cached_labels)
     images = {split: _open_cache(path, (None, size, size, 3)) for split, path in cache.items()}
     labels = {
         split: np.array(_open_cache(path, (len(images[split]),), np.int64))
         for split, path in cached_labels.items()
     }
-    return _nonempty(Data(name, images, labels, classes, {"listing": digest}), folder, size)
+    # a name that is no Unicode is shown with escapes
+    classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
+    return _usable(Data(name, images, labels, classes, {"listing": digest}), folder, size)
+
+
+def _write_cuts(cuts, size, cache, cached_labels):
+    """Write what `_cuts` yields to `.npy` files by split, as it comes."""
+    labels = {split: [] for split in cache}
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for split, path in cache.items():
+            files[split] = stack.enter_context(open(stack.enter_context(atomic(path)), "wb"))
+            _write_header(files[split], (0, size, size, 3))
+        for split, label, patches in cuts:
+            for patch in patches:
+                files[split].write(np.ascontiguousarray(patch))
+            labels[split] += [label] * len(patches)
+        for split, file in files.items():
+            with atomic(cached_labels[split]) as path, open(path, "wb") as labels_file:
+                np.save(labels_file, np.array(labels[split], np.int64))
+            file.seek(0)
+            _write_header(file, (len(labels[split]), size, size, 3))
 
 
 def _readable_picture(path):
@@ -643,6 +685,8 @@ def _readable_picture(path):
     try:
         return read_picture(path)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):
+            raise  # mended later, it would stay left out of the cache
         print(f"{path}: left out, not a readable image ({first_line(error)})", flush=True)
         return np.empty((0, 0, 3), np.uint8)
 
@@ -1059,7 +1103,7 @@ def parse_args(argv=None):
         description="Prepare a data set and show it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add_data_options(parser)
-    parser.add_argument("--out", type=Path, default=HERE, help="where figures/ is")
+    parser.add_argument("--out", type=given_path, default=HERE, help="where figures/ is")
     parser.add_argument("--energy", type=float, default=0.95, help="share of energy that PCA keeps")
     args = parser.parse_args(argv)
     if not 0 < args.energy < 1:
@@ -1095,7 +1139,8 @@ def main(argv=None):
         )
     print(format_table(table))
     print("classes:", ", ".join(data.class_names))
-    sample = data.sample("train", 1000)
+    pixels = math.prod(data.images["train"].shape[1:])
+    sample = data.sample("train", min(1000, PCA_VALUES // pixels))  # more would take minutes
     pca = fit_pca(sample, args.energy)
     kept = f"{pca.n_components_} of {pca.n_features_in_} components keep {args.energy:.0%}"
     print(f"PCA of {len(sample):,} training images: {kept}")

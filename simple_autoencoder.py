@@ -22,7 +22,6 @@ import math
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import util
 from load_data import (
@@ -1117,16 +1116,22 @@ def denoise_file(source, target, args, models):
         OSError: it cannot be read, or a file to be written exists, or cannot be written.
     """
     autoencoder, *posterior = models
-    for path in (target, deviation_path(target)) if posterior else (target,):
-        if path.exists() and (not args.force or path.samefile(source)):
-            remedy = "choose another --to" if path.samefile(source) else "choose another --to, or --force"
-            raise DataError(f"{path}: is there already; {remedy}")
+
+    def check_free():
+        for path in (target, deviation_path(target)) if posterior else (target,):
+            if path.exists() and (not args.force or path.samefile(source)):
+                remedy = "choose another --to" if path.samefile(source) else "choose another --to, or --force"
+                raise DataError(f"{path}: is there already; {remedy}")
+
+    check_free()
     started = time.monotonic()
     try:
         pixels, alpha, metadata = read_pixels(source)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        raise DataError(f"{source}: not a readable image ({util.first_line(error)})") from None
+        told = f"{source}: not a readable image ({util.first_line(error)}); convert it to plain PNG"
+        raise DataError(told) from None
     denoised, errors = util.denoise_picture(autoencoder, pixels, args.strength, posterior, args.samples)
+    check_free()  # another process may have been faster
     write_pixels(target, denoised, alpha, metadata)
     told = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}"
     if posterior:
@@ -1177,9 +1182,10 @@ def denoise_pictures(args):
     for source, target in pairs:
         try:
             denoise_file(source, target, args, models)
-        except OSError as error:
+        except Exception as error:  # the others go on whatever it is, as too little memory
             failed += 1
-            print(util.error_line(error), file=sys.stderr, flush=True)
+            told = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
+            print(util.error_line(told), file=sys.stderr, flush=True)
     if failed:
         raise DataError(f"{args.to}: {failed} of {len(pairs)} pictures are missing, for the reasons above")
 
@@ -1226,9 +1232,12 @@ def add_evaluate_options(parser):
     util.add_saved_run_options(parser)
     parser.add_argument("--images", type=util.number(int, 1), default=TEST_IMAGES, help="test images to use")
     parser.add_argument(
-        "--pictures", type=Path, metavar="CLEAN", help="measure on this folder's whole pictures instead"
+        "--pictures",
+        type=util.given_path,
+        metavar="CLEAN",
+        help="measure on this folder's whole pictures instead",
     )
-    parser.add_argument("--noisy", type=Path, help="folder of the same pictures with real noise")
+    parser.add_argument("--noisy", type=util.given_path, help="folder of the same pictures with real noise")
     parser.add_argument(
         "--noise",
         choices=NOISE_KINDS,
@@ -1237,7 +1246,7 @@ def add_evaluate_options(parser):
         help="kinds of noise to add to --pictures",
     )
     parser.add_argument(
-        "--save", type=Path, metavar="FOLDER", help="write noisy and denoised --pictures there"
+        "--save", type=util.given_path, metavar="FOLDER", help="write noisy and denoised --pictures there"
     )
     parser.add_argument(
         "--samples",
@@ -1251,17 +1260,22 @@ def add_evaluate_options(parser):
 def add_denoise_options(parser, kind):
     """Add the options of the verb `denoise`."""
     parser.add_argument(
-        "pictures", metavar="IN", type=Path, nargs="+", help="image files, or folders of them"
+        "pictures", metavar="IN", type=util.given_path, nargs="+", help="image files, or folders of them"
     )
     parser.add_argument(
-        "--to", type=Path, required=True, help="folder to write to, or a file name for a single picture"
+        "--to",
+        type=util.given_path,
+        required=True,
+        help="folder to write to, or a file name for a single picture",
     )
     parser.add_argument(
         "--name",
         type=util.run_name,
         help=f"run whose model denoises (default: {kind}_{PHOTOGRAPHS} if saved, else {kind}_cifar10)",
     )
-    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/ and logs/ are")
+    parser.add_argument(
+        "--out", type=util.given_path, default=util.HERE, help="where models/, weights/ and logs/ are"
+    )
     parser.add_argument(
         "--strength",
         type=util.number(float, 0, 1),

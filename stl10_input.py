@@ -13,15 +13,18 @@ STL-10: Coates, Lee, Ng, "An Analysis of Single Layer Networks in Unsupervised F
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import http.client
 import os
+import queue
 import shutil
 import ssl
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +32,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows: two downloads at once are not noticed there
+    fcntl = None
 
 DATA_DIR = str(Path(__file__).resolve().parent / "data")
 DATA_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
@@ -49,7 +57,9 @@ HEIGHT, WIDTH, DEPTH = 96, 96, 3
 IMAGE_BYTES = HEIGHT * WIDTH * DEPTH
 
 CHUNK = 1 << 20  # bytes read at a time
-TIMEOUT = 30  # seconds without a byte before an attempt counts as failed
+TIMEOUT = 30  # seconds without a byte, or with fewer than SLOWEST each, before an attempt counts as failed
+SLOWEST = 1000  # bytes a second
+LARGEST = 3_000_000_000  # bytes of an archive; STL-10 has 2.64 GB
 ATTEMPTS = 5  # failures in a row, with nothing gained, before giving up
 NETWORK_FAULTS = (
     urllib.error.URLError,
@@ -57,6 +67,7 @@ NETWORK_FAULTS = (
     ssl.SSLError,
     ConnectionError,
     TimeoutError,
+    ValueError,  # of an address or a number that is none
 )
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -83,12 +94,44 @@ def md5_of(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
+def _answer(request, timeout):
+    """`urlopen` that gives up after `timeout` seconds, however slowly the headers come."""
+    answers = queue.SimpleQueue()
+
+    def ask():
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=timeout))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {timeout} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _read(response, timeout):
+    """The next CHUNK bytes, or those that come within `timeout` seconds; none at the end."""
+    read, ends = b"", time.monotonic() + timeout
+    while len(read) < CHUNK and (piece := response.read1(CHUNK - len(read))):
+        read += piece
+        if time.monotonic() > ends:
+            if len(read) < SLOWEST * timeout:
+                raise TimeoutError(f"fewer than {SLOWEST:,} bytes a second")
+            break
+    return read
+
+
 def _receive(url, part, timeout):
     """One attempt: append what `part` still lacks. Raises one of `NETWORK_FAULTS` if the transfer broke."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = _answer(request, timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # nothing lies beyond what we have: complete, or not this file
             return
@@ -98,17 +141,20 @@ def _receive(url, part, timeout):
             raise DataError(f"{url}: the server sent a web page instead of the file")
         resumed = response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise ConnectionError("the server resumed at another place than asked")
         have = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else 0
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdecimal() else 0
         started = time.monotonic()
         with open(part, "ab" if resumed else "wb") as file:
-            while chunk := response.read(CHUNK):
+            while chunk := _read(response, timeout):
                 file.write(chunk)
                 have += len(chunk)
                 _progress(have, total, started)
+                if have > LARGEST:
+                    part.unlink()
+                    raise DataError(f"{url}: the server sends more than {LARGEST:,} bytes")
         if have < total:
             raise ConnectionError(f"the connection broke after {have:,} of {total:,} bytes")
 
@@ -135,8 +181,33 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
         DataError: no connection, an HTTP error, a web page in the file's place or a wrong checksum.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        return _download(url, path, md5, timeout, attempts, pause)
+
+
+@contextlib.contextmanager
+def _alone_in(folder):
+    """Wait until no other process downloads to a folder."""
+    if not fcntl:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: waiting for another process that downloads to it", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # a file system that locks no folders
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _download(url, path, md5, timeout, attempts, pause):
+    part = path.with_name(path.name + ".part")
     if path.exists():
         if md5_of(path) == md5:
             return path
@@ -157,6 +228,7 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
             gained = part.exists() and part.stat().st_size > before
             failures = 1 if gained else failures + 1
             told = error.reason if type(error) is urllib.error.URLError else error
+            told = repr(str(told))[1:-1][:200]  # what a server has sent may be anything
             permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
             if failures >= attempts or permanent:
                 raise DataError(f"{url}: {told}; run again to go on, or {by_hand}") from None
@@ -167,7 +239,7 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
         part.unlink()
         if resumed:  # perhaps only the old beginning was bad
             print(f"{path}: checksum of the resumed download is wrong, starting over")
-            return download(url, path, md5, timeout, attempts, pause)
+            return _download(url, path, md5, timeout, attempts, pause)
         raise DataError(f"{url}: its MD5 is {found}, expected {md5}; run again, or {by_hand}")
     os.replace(part, path)
     return path

@@ -35,6 +35,7 @@ try:
     import h5py
     import imageio.v3 as iio
     import keras
+    import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,6 +43,16 @@ try:
 except KeyboardInterrupt:  # these take seconds
     print("\nStopped.", file=sys.stderr)
     sys.exit(130)
+except (
+    ImportError,
+    OSError,
+    ValueError,
+) as error:  # a backend that is not there, no folder for temporary files
+    sys.exit(f"{' '.join(str(error).split())}; see requirements.txt, KERAS_BACKEND and TMPDIR")
+
+keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
+keras.config.set_floatx("float32")
+matplotlib.rcParams["text.parse_math"] = False  # names hold dollar signs
 
 try:
     import fcntl
@@ -52,6 +63,11 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
+UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
+LARGEST_WEIGHT = 1e6  # of a saved model
+NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
+# arguments that may change when a run is resumed
+CHANGEABLE = ("verb", "out", "resume", "data_dir", "precision", "learning_rate", "denoisers")
 TILE, SAMPLING_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
 REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
@@ -74,7 +90,7 @@ def add_run_options(parser):
     )
     parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT training images only")
     parser.add_argument(
-        "--out", type=Path, default=HERE, help="where models/, weights/, figures/ and so on are written"
+        "--out", type=given_path, default=HERE, help="where models/, weights/, figures/ and so on are written"
     )
 
 
@@ -107,7 +123,7 @@ def add_precision_option(parser):
 def add_saved_run_options(parser):
     """Add the options that say which saved run a verb works on."""
     parser.add_argument("--name", type=run_name, help="run to evaluate (default: by the data set)")
-    parser.add_argument("--out", type=Path, default=HERE, help="where models/, weights/ and logs/ are")
+    parser.add_argument("--out", type=given_path, default=HERE, help="where models/, weights/ and logs/ are")
 
 
 def parse_resumable(parser, train, argv, default_name):
@@ -146,14 +162,14 @@ def verb_parser(argv, verbs, description):
     if not argv or argv[0] not in (*verbs, "-h", "--help"):
         argv.insert(0, "train")
     parser = argparse.ArgumentParser(
-        description=description.splitlines()[0],
+        description=(description or "").partition("\n")[0],  # none under python -OO
         epilog="Without a verb, train is meant; its options: train --help",
     )
     add_parser = parser.add_subparsers(dest="verb", required=True).add_parser
     return argv, parser, functools.partial(add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """Parser of a command-line number, int or float, from `low` to `high`; refuses NaN."""
 
     def parse(text):
@@ -168,9 +184,16 @@ def number(kind, low, high=math.inf):
 
 def run_name(text):
     """Check the name of a run: letters, digits, `_` and `-`, since it becomes part of file names."""
-    if not re.fullmatch(r"[\w-]+", text):
+    if not re.fullmatch(r"[\w-]+", text) or len(os.fsencode(text)) > NAME_BYTES:
         raise ValueError(text)
     return text
+
+
+def given_path(text):
+    """Path of a command line; empty, as of an unset shell variable, it would mean the current folder."""
+    if not text:
+        raise ValueError(text)
+    return Path(text)
 
 
 def progress(total, label):
@@ -226,6 +249,10 @@ def run_script(main):
         _leave(1)
     except OSError as error:
         _leave(1, error_line(error))
+    except Exception as error:
+        if not re.search("MemoryError|ResourceExhausted|RESOURCE_EXHAUSTED|OutOfMemory", repr(error)):
+            raise
+        _leave(1, f"Not enough memory ({first_line(error)}); choose smaller numbers or pictures")
 
 
 def error_line(error):
@@ -253,8 +280,21 @@ def _named(path):
         if type(error) is not OSError or error.filename or str(path) in str(error):
             raise
         if error.errno:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                path = "standard output"
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise ModelError(f"{path}: cannot be written ({first_line(error)}); is the disk full?") from None
+
+
+@functools.cache
+def _sweep(folder):
+    """Remove what killed processes have left in a folder, once."""
+    for left in folder.glob(".unfinished-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
+                left.unlink()
 
 
 @contextlib.contextmanager
@@ -262,8 +302,9 @@ def atomic(path):
     """Give a temporary path in the folder of `path` and rename it to `path` if the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
     # the ending stays, since writers choose the format by it
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix="".join(path.suffixes), dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=".unfinished-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         with _named(path):
@@ -300,6 +341,7 @@ def publishing(out, name):
         with _named(out):
             yield draft
         for path in draft.rglob("*.*"):
+            _check_place(Path(out) / path.relative_to(draft))
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(draft, _published(out, name))  # from here on the new files count
@@ -307,6 +349,11 @@ def publishing(out, name):
         shutil.rmtree(draft, ignore_errors=True)
         raise
     publish(out, name)
+
+
+def _check_place(path):
+    if path.is_dir():
+        raise ModelError(f"{path}: a folder is in the place of a file; move it away and run again")
 
 
 def publish(out, name):
@@ -334,12 +381,13 @@ def locked(out, name):
     """
     path = Path(out) / "logs" / f".{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in FOLDERS:
-        made = Path(out) / folder
+    for folder in (Path(out) / folder for folder in ("", *FOLDERS)):
         check_writable(
-            made if made.exists() else Path(out), "make it a writable folder, or choose another --out"
+            folder, "make it a writable folder on the disk of logs/, or choose another --out", path.parent
         )
-    with open(path, "w") as file:
+    for place in Path(out).glob(f"[!l]*/*{name}*.*"):  # those of logs/ when they are written
+        _check_place(place)
+    with open(path, "a") as file:  # which leaves alone what a link points to
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -350,16 +398,17 @@ def locked(out, name):
         yield
 
 
-def check_writable(folder, remedy):
+def check_writable(folder, remedy, drafts=None):
     """Find out before the work, not after it, whether its results can be written; make the folder if missing.
 
     Raises:
-        ModelError: they cannot; tells `remedy`.
+        ModelError: they cannot, or not be moved there from the folder `drafts`; tells `remedy`.
     """
     try:
-        if not folder.exists():
-            folder.mkdir(parents=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=drafts or folder) as draft:
+            (moved := Path(draft) / Path(draft).name).mkdir()
+            moved.rename(folder / f"{moved.name}.moved").rmdir()
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written to ({error.strerror}); {remedy}") from None
 
@@ -395,8 +444,7 @@ def training(script, args):
                 raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic(folder / "arguments.json") as path:
-            path.write_text(json.dumps(vars(args), default=str), encoding="utf-8")
+        _keep_arguments(folder / "arguments.json", Path(script).name, args)
         try:
             yield
         except KeyboardInterrupt:
@@ -405,6 +453,21 @@ def training(script, args):
             shutil.rmtree(out / f"logs/{args.name}", ignore_errors=True)
             shutil.move(folder / "tensorboard", out / f"logs/{args.name}")
         shutil.rmtree(folder)
+
+
+def _keep_arguments(path, script, args):
+    """Write the arguments of a run, or check that it is resumed by the same script with the same ones.
+
+    Raises:
+        ModelError: it is not; names the first argument that differs.
+    """
+    new = json.loads(json.dumps({"script": script} | vars(args), default=str))
+    for key, old in (_read_dict(path) or {}).items() if args.resume else ():
+        if key not in CHANGEABLE and "epochs" not in key and new.get(key, old) != old:
+            what = f"the interrupted run has {key.replace('_', '-')} {old}, not {new[key]}"
+            raise ModelError(f"{path}: {what}; resume it as it was, or delete {path.parent}")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(new), encoding="utf-8")
 
 
 def resumed_arguments(out, name):
@@ -420,7 +483,7 @@ def resumed_arguments(out, name):
         raise ModelError(f"{path}: not found, nothing to resume; train without --resume") from None
     if arguments is None:
         raise ModelError(f"{path}: damaged; delete {path.parent} and train without --resume")
-    return {key: value for key, value in arguments.items() if key not in ("verb", "out", "resume")}
+    return {key: value for key, value in arguments.items() if key not in ("script", "verb", "out", "resume")}
 
 
 def sha256_of(path):
@@ -450,7 +513,13 @@ def read_record(out, name):
     except FileNotFoundError:
         return {}
     sections = ("files", "data", "arguments", "evaluation", "costs", "posterior")
-    if record is None or not all(isinstance(record.get(section, {}), dict) for section in sections):
+    valid = record is not None and all(isinstance(record.get(section, {}), dict) for section in sections)
+    if valid:  # what becomes a part of paths and of shapes
+        size = record.get("arguments", {}).get("size")
+        valid = re.fullmatch(r"[\w-]+", str(record.get("base"))) and (
+            size is None or type(size) is int and size > 11
+        )
+    if not valid:
         raise ModelError(f"{path}: damaged run record; delete it, or train {name} again")
     return record
 
@@ -651,18 +720,47 @@ def load_model(out, run, part=None, precision="float32"):
             )
     try:
         config = json.loads(architecture.read_text(encoding="utf-8"))
-        model = keras.models.model_from_json(json.dumps(_in_precision(config, precision)))
+        with keras.StatelessScope(initialize_variables=False):  # takes no memory yet
+            model = keras.models.model_from_json(json.dumps(_in_precision(config, precision)))
+        if not isinstance(model, keras.Model):
+            raise TypeError(type(model).__name__)
     except Exception as error:  # Keras raises whatever its parsing stumbles over
         raise ModelError(f"{architecture}: not a Keras model ({first_line(error)}); restore it") from None
-    if not isinstance(model, keras.Model):
-        raise ModelError(f"{architecture}: not a Keras model; restore it or train {run} again")
     try:
+        _check_size(weights, model.count_params())
+        with keras.StatelessScope():  # when it ends, the weights get their memory
+            pass
         model.load_weights(weights)
+        if not all(np.abs(weight).max(initial=0) < LARGEST_WEIGHT for weight in model.get_weights()):
+            raise ValueError("some are huge or not numbers")
     except Exception as error:
         raise ModelError(
             f"{weights}: not the weights of {architecture} ({first_line(error)}); restore it"
         ) from None
+    if part and not _is_part(model, part):
+        raise ModelError(
+            f"{architecture}: no {part} of pictures of any size; restore it or train {run} again"
+        )
     return model
+
+
+def _is_part(model, part):
+    """Whether the shapes that a model takes and gives are those of one of PARTS."""
+    pictures = [(None, None, None, 3)]
+    given, returned = ([tuple(tensor.shape) for tensor in ends] for ends in (model.inputs, model.outputs))
+    fits = (part == "decoder" or given == pictures) and (part == "encoder" or returned == pictures)
+    same = (1, 64, 64, 3)
+    return fits and (part != "autoencoder" or model.compute_output_shape(same) == same)
+
+
+def _check_size(path, parameters):
+    """Check that a weights file declares little more than it holds, nor the model; raises ValueError."""
+    declared = [2 * parameters]  # bytes at least
+    with h5py.File(path) as file:
+        file.visititems(lambda _, item: declared.append(getattr(item, "nbytes", 0)))
+    if max(declared[0], sum(declared[1:])) > 2 * path.stat().st_size:  # weights hardly pack
+        keras.utils.clear_session()  # which would make room for the model later
+        raise ValueError("too small for what is declared")
 
 
 def _in_precision(config, precision):

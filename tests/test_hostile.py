@@ -1,0 +1,454 @@
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import classifier
+import KNN
+import load_data
+import simple_autoencoder as simple
+import stl10_input
+import util
+from load_data import DataError
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tifffile
+from conftest import (
+    CONTENT,
+    MD5,
+    NAME,
+    ROOT,
+    TINY,
+    files_of,
+    printed_by,
+    random_images,
+    stop_at,
+    told_line,
+    usage_error,
+)
+from keras import layers
+from PIL import Image
+
+COLOURS = random_images(24, 30, 3)
+DEEP = COLOURS.astype(np.uint16) * 257
+OME = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"/></OME>'
+
+
+def png(path, bits, rows, name, content, sides=(30, 24)):
+    """Write a coloured PNG with one more chunk."""
+
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", *sides, bits, 2, 0, 0, 0)
+    packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = chunk(b"IHDR", header) + chunk(name, content) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def grey_of_12_bits(path):
+    """Write a TIFF of 12 bits a pixel."""
+    values = [(256, 2), (257, 2), (258, 12), (259, 1), (262, 1), (273, 110), (277, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values)
+    path.write_bytes(b"II*\0\x08\0\0\0" + struct.pack("<H", len(values)) + entries + bytes(4) + bytes(6))
+
+
+def denoise(trained, *sources, to):
+    """Call the verb `denoise`; what went wrong, line by line."""
+    command = ["denoise", *sources, "--to", to, "--out", trained.out, f"--name={NAME}"]
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(DataError):
+        printed_by(simple, *command)
+    return err.getvalue().splitlines()
+
+
+def test_rare_pictures_are_refused_by_name_and_start_nothing(trained, tmp_path, monkeypatch):
+    source, target, started = tmp_path / "in", tmp_path / "out", tmp_path / "started"
+    source.mkdir()
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (source / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    for kind in ("bmp", "gif", "ico", "tga", "ppm"):
+        Image.fromarray(COLOURS).save(source / f"a.{kind}")
+    grey_of_12_bits(source / "12 bits.tif")
+    tifffile.imwrite(source / "white is zero.tif", DEEP[..., 0], photometric="miniswhite")
+    tifffile.imwrite(source / "signed.tif", DEEP[..., 0].astype(np.int16), photometric="minisblack")
+    tifffile.imwrite(source / "lab.tif", COLOURS, photometric="cielab")
+    tifffile.imwrite(source / "volume.tif", np.stack([DEEP, DEEP]), photometric="rgb", volumetric=True)
+    tifffile.imwrite(source / "microscope.tif", DEEP, photometric="rgb", description=OME, metadata=None)
+    png(source / "transparent.png", 16, DEEP.astype(">u2"), b"tRNS", DEEP[0, 0].astype(">u2").tobytes())
+    png(source / "linear.png", 8, COLOURS, b"gAMA", struct.pack(">I", 100_000))
+    png(source / "bomb.png", 8, COLOURS, b"tIME", bytes(7), sides=(60_000, 60_000))
+    rare = sorted(source.iterdir())
+    Image.fromarray(COLOURS).save(source / "z.png")
+    told = denoise(trained, source, to=target)
+    assert [line.split(": not a readable image (")[0] for line in told] == [str(path) for path in rare]
+    assert all(line.endswith("; convert it to plain PNG") for line in told)
+    assert [path.name for path in target.iterdir()] == ["z.png"]
+    assert not started.exists()
+
+
+def test_picture_that_fails_for_any_reason_does_not_stop_the_others(trained, tmp_path, monkeypatch):
+    for name in ("a.jpg", "c.webp"):
+        Image.fromarray(np.zeros((1, 66_000), np.uint8)).save(tmp_path / name, "PNG")
+    Image.fromarray(COLOURS).save(tmp_path / "d.png")
+    Image.fromarray(COLOURS).save(tmp_path / "e.png")
+    os.mkfifo(tmp_path / "b.png")
+    denoise_picture = util.denoise_picture
+
+    def without_memory(model, pixels, *options):
+        if pixels.shape == COLOURS.shape and not list((tmp_path / "out").iterdir()):
+            (tmp_path / "out/other").touch()
+            np.empty(2**47)
+        return denoise_picture(model, pixels, *options)
+
+    monkeypatch.setattr(util, "denoise_picture", without_memory)
+    sources = [tmp_path / name for name in ("a.jpg", "b.png", "c.webp", "d.png", "e.png")]
+    told = denoise(trained, *sources, to=tmp_path / "out")
+    assert told[0].startswith(f"{tmp_path}/out/a.jpg: .jpg cannot hold it (")
+    assert told[1].startswith(f"{tmp_path}/b.png: not a readable image (no such file")
+    assert told[2].startswith(f"{tmp_path}/out/c.webp: .webp cannot hold it (")
+    assert told[3].startswith(f"{tmp_path}/d.png: Unable to allocate")
+    assert len(told) == 4 and (tmp_path / "out/e.png").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", " of 16 bits.png", " of 16 bits.tif"])
+def test_resolution_and_texts_stay(tmp_path, suffix):
+    first, second = (tmp_path / f"{name}{suffix}" for name in "ab")
+    if "bits.tif" in suffix:
+        tags = [(315, "s", 0, "An artist", True)]
+        options = {"resolution": (300, 300), "resolutionunit": "INCH", "extratags": tags, "metadata": None}
+        tifffile.imwrite(first, DEEP, photometric="rgb", **options)
+    elif "bits" in suffix:
+        png(first, 16, DEEP.astype(">u2"), b"pHYs", struct.pack(">IIB", 11811, 11811, 1))
+    else:
+        tags = {"tiffinfo": {315: "An artist"}} if suffix == ".tif" else {}
+        Image.fromarray(COLOURS).save(first, dpi=(300, 300), **tags)
+    load_data.write_pixels(second, *load_data.read_pixels(first))
+    with Image.open(second) as image:
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.01)
+        assert not suffix.endswith(".tif") or image.getexif()[315] == "An artist"
+
+
+def test_pictures_of_telephones_are_read_without_a_warning(tmp_path, recwarn):
+    Image.new("1", (14_000, 13_800), 1).save(tmp_path / "a.png")
+    assert load_data.read_pixels(tmp_path / "a.png")[0].shape == (13_800, 14_000, 1)
+    assert not recwarn
+
+
+def test_picture_that_another_process_has_written_meanwhile_stays(trained, tmp_path, monkeypatch):
+    Image.fromarray(COLOURS).save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    denoise_picture = util.denoise_picture
+
+    def outrun(*arguments):
+        (tmp_path / "out/a.png").write_text("mine")
+        return denoise_picture(*arguments)
+
+    monkeypatch.setattr(util, "denoise_picture", outrun)
+    (told,) = denoise(trained, tmp_path / "a.png", to=tmp_path / "out")
+    assert told.endswith("a.png: is there already; choose another --to, or --force")
+    assert (tmp_path / "out/a.png").read_text() == "mine"
+
+
+def pictures_in(folder, count=10, side=64, seed=0):
+    folder.mkdir(parents=True)
+    for index in range(count):
+        path = folder / f"{index}.png"
+        Image.fromarray(random_images(side, side, 3, seed=seed + index)).save(path, compress_level=0)
+        os.utime(path, (0, 0))
+    return folder
+
+
+def test_folders_of_one_name_size_and_time_do_not_share_a_cache(tmp_path):
+    data = [load_data.load_data(pictures_in(tmp_path / f"{n}/mine", seed=n), tmp_path, 24) for n in (0, 50)]
+    assert (data[0].images["test"] != data[1].images["test"]).any()
+
+
+def test_picture_that_cannot_be_opened_now_is_not_left_out_for_ever(tmp_path, monkeypatch):
+    folder, opened = pictures_in(tmp_path / "mine"), Image.open
+
+    def refuse(path, **options):
+        if path.name == "3.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", refuse)
+        line = told_line(load_data.load_data, folder, tmp_path, 24)
+    assert line.startswith(f"{folder}/3.png: Permission denied; change its permissions")
+    whole = load_data.load_data(shutil.copytree(folder, tmp_path / "copy"), tmp_path, 24)
+    assert len(load_data.load_data(folder, tmp_path, 24).images["train"]) == len(whole.images["train"])
+
+
+def test_patches_of_a_folder_are_not_all_in_memory(tmp_path):
+    folder = pictures_in(tmp_path / "mine", side=500)
+    tracemalloc.start()
+    data = load_data.load_data(folder, tmp_path, 96)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < data.images["train"].nbytes / 2
+
+
+def test_names_with_dollars_or_of_no_unicode_are_drawn(tmp_path):
+    odd = [b"a$^$b", b"\\frac{", b"\xff\xfe"]
+    for name in odd:
+        pictures_in(tmp_path / "mine" / os.fsdecode(name), count=1, side=200)
+    data = load_data.load_data(tmp_path / "mine", tmp_path, 24)
+    assert data.class_names == ("\\frac{", "a$^$b", "\\xff\\xfe")
+    labels = np.arange(3)
+    drawn = classifier.confusion_figure(labels, labels, data.class_names, "a$^$b")
+    util.save_figure(drawn, tmp_path / "confusion.png")
+    drawn = KNN.clusters_figure(data, {"a$^$b": np.zeros((100, 2), int)})
+    assert len(drawn.axes) == 2 * KNN.SHOWN_CLUSTERS
+    util.save_figure(drawn, tmp_path / "clusters.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--dataset", ""], "--dataset"),
+        (["--out", ""], "--out"),
+        (["denoise", "", "--to", "a"], "IN"),
+        (["denoise", "a.png", "--to", ""], "--to"),
+        (["--name", "n" * 101], "--name"),
+        (["--epochs", str(10**21)], "--epochs"),
+        (["--filters", str(10**21)], "--filters"),
+    ],
+)
+def test_arguments_that_no_work_can_use(arguments, told):
+    assert f"argument {told}: " in usage_error(simple.parse_args, arguments)
+
+
+def test_run_is_resumed_by_its_own_script_and_arguments_where_its_files_fit(tmp_path, tmp_path_factory):
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    (out / "logs").mkdir(parents=True)
+    precious.write_text("precious")
+    (out / f"logs/.{NAME}.lock").symlink_to(precious)
+    stop_at("Epoch 2/2", simple, *TINY, "--epochs=2", "--out", out)
+    assert precious.read_text() == "precious"
+    before, resume = files_of(out), ["--resume", f"--name={NAME}", "--out", out]
+    line = told_line(printed_by, classifier, *resume, "--epochs=3", "--denoisers", NAME)
+    assert line.endswith("not found; there is no trained model yet")  # before it has come to the run
+    args = classifier.parse_args([str(part) for part in (*resume, "--epochs=3")])
+    line = told_line(lambda: util.training(classifier.__file__, args).__enter__())
+    assert "the interrupted run has script simple_autoencoder.py, not classifier.py; resume it as it" in line
+    for option in ("--size=32", "--seed=5", "--limit=32", "--batch-size=8", "--filters=16"):
+        line = told_line(printed_by, simple, *resume, option)
+        assert f"the interrupted run has {option[2:].split('=')[0]} " in line
+    line = told_line(printed_by, simple, *resume, "--sigma", "0", "50")
+    assert "the interrupted run has sigma [0, 75], not [0.0, 50.0]; resume it as it was" in line
+    (out / f"weights/encoder_{NAME}.weights.h5").mkdir(parents=True)
+    line = told_line(printed_by, simple, *resume)
+    assert f"encoder_{NAME}.weights.h5: a folder is in the place of a file; move it away" in line
+    shutil.rmtree(out / "weights")
+    other = Path("/dev/shm")
+    if other.is_dir() and other.stat().st_dev != out.stat().st_dev:
+        (out / "weights").symlink_to(other)
+        line = told_line(printed_by, simple, *resume)
+        assert line.startswith(f"{out}/weights: cannot be written to (Invalid cross-device link); make it a")
+        (out / "weights").unlink()
+    assert files_of(out) == before
+
+
+def test_run_is_not_published_by_half(tmp_path):
+    (tmp_path / "logs/r.csv").mkdir(parents=True)
+
+    def publish():
+        with util.publishing(tmp_path, "r") as draft:
+            (draft / "models/r.json").write_text("new")
+            (draft / "logs/r.csv").write_text("new")
+
+    assert told_line(publish).startswith(f"{tmp_path}/logs/r.csv: a folder is in the place of a file")
+    assert not files_of(tmp_path)
+
+
+def saved(out, name, model):
+    for folder in ("models", "weights"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / f"models/autoencoder_{name}.json").write_text(model.to_json())
+    util.write_weights(out / f"weights/autoencoder_{name}.weights.h5", model)
+    return out / f"models/autoencoder_{name}.json", out / f"weights/autoencoder_{name}.weights.h5"
+
+
+def of(shape, *layers_of_it):
+    x = inputs = keras.Input(shape)
+    for layer in layers_of_it:
+        x = layer(x)
+    return keras.Model(inputs, x)
+
+
+def same(channels=3):
+    return layers.Conv2D(channels, 3, padding="same")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: of((28, 28, 1), layers.Flatten(), layers.Dense(10)),
+        lambda: of((32, 32, 3), same()),
+        lambda: of((None, None, 3), layers.Conv2D(3, 3, 2, padding="same")),
+        lambda: of((None, None, 3), layers.Conv2D(3, 3)),
+        lambda: of((None, None, 1), same(1)),
+        lambda: of((None, None, 3), same(6)),
+    ],
+)
+def test_models_that_are_no_autoencoders(tmp_path, build):
+    saved(tmp_path, "m", build())
+    line = told_line(util.load_model, tmp_path, "m", "autoencoder")
+    assert "autoencoder_m.json: no autoencoder of pictures of any size; restore it or train" in line
+
+
+def test_decoder_that_is_an_encoder(trained_copy):
+    for folder, ending in (("models", "json"), ("weights", "weights.h5")):
+        encoder = trained_copy / f"{folder}/encoder_{NAME}.{ending}"
+        shutil.copy(encoder, encoder.with_name(f"decoder_{NAME}.{ending}"))
+    (trained_copy / f"logs/{NAME}.json").unlink()
+    line = told_line(util.load_model, trained_copy, NAME, "decoder")
+    assert f"decoder_{NAME}.json: no decoder of pictures" in line
+
+
+def test_weights_that_are_not_numbers_or_larger_than_their_file(tmp_path):
+    model = of((None, None, 3), same())
+    for value in (np.nan, 1e30):
+        model.set_weights([np.full_like(weight, value) for weight in model.get_weights()])
+        saved(tmp_path, "m", model)
+        line = told_line(util.load_model, tmp_path, "m", "autoencoder")
+        assert "autoencoder_m.weights.h5: not the weights of" in line
+        assert line.endswith("(some are huge or not numbers); restore it")
+    architecture, weights = saved(tmp_path, "m", of((None, None, 3), same()))
+    text, before = architecture.read_text(), peak_memory()
+    architecture.write_text(text.replace('"filters": 3', '"filters": 30000000'))
+    assert "too small for what is declared" in told_line(util.load_model, tmp_path, "m", "autoencoder")
+    architecture.write_text(text)
+    with h5py.File(weights, "a") as file:
+        del file["layers/conv2d/vars/0"]
+        file.create_dataset("layers/conv2d/vars/0", (10**9,), "f4", chunks=(10**6,), compression="gzip")
+    assert "too small for what is declared" in told_line(util.load_model, tmp_path, "m", "autoencoder")
+    assert peak_memory() - before < 1e9
+
+
+def peak_memory():
+    """Most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"base": "../../elsewhere"}, *({"arguments": {"size": size}} for size in ("abc", -5, True, 3))],
+)
+def test_names_and_sizes_of_a_record_are_checked(tmp_path, record):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/r.json").write_text(json.dumps(record))
+    line = told_line(util.read_record, tmp_path, "r")
+    assert line == f"{tmp_path}/logs/r.json: damaged run record; delete it, or train r again"
+
+
+def trickle(connection, first, piece):
+    connection.sendall(first)
+    while True:
+        connection.sendall(piece)
+        time.sleep(0.05)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+ANSWERS = {
+    "length": lambda c: c.sendall(OK + b"Content-Length: abc\r\nConnection: close\r\n\r\n" + CONTENT),
+    "lengths": lambda c: c.sendall(OK + b"Content-Length: 9, 9\r\nConnection: close\r\n\r\n" + CONTENT),
+    "address": lambda c: c.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://[::1/x\r\n\r\n"),
+    "chunk": lambda c: c.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc"),
+    "part": lambda c: c.sendall(b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 5-6/7\r\n\r\n"),
+    "binary": lambda c: c.sendall(b"\x1b[31m\x00\xff\x07\r\n\r\n"),
+    "slow header": lambda c: trickle(c, OK, b"X"),
+    "100": lambda c: trickle(c, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "slow body": lambda c: trickle(c, OK + b"Content-Length: 9000000\r\n\r\n", b"X"),
+    "endless": lambda c: [c.sendall(OK + b"\r\n"), *(c.sendall(bytes(1 << 20)) for _ in range(20))],
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_hostile_server(tmp_path, monkeypatch, kind):
+    def serve(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            ANSWERS[kind](connection)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=[listening.accept()[0]], daemon=True).start()
+
+    monkeypatch.setattr(stl10_input, "LARGEST", 5_000_000)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, daemon=True).start()
+        url, path = f"http://127.0.0.1:{listening.getsockname()[1]}/f", tmp_path / "f"
+        if kind.startswith("length"):
+            assert stl10_input.download(url, path, MD5).read_bytes() == CONTENT
+            return
+        line = told_line(stl10_input.download, url, path, MD5, 0.3, 2, 0.01)
+    assert line.startswith(f"{url}: ") and line.endswith(f"by other means and put it at {path}")
+    assert line.isprintable()
+
+
+def test_second_download_waits_for_the_first(server, tmp_path, capfd):
+    (tmp_path / "f.part").write_bytes(CONTENT[:1000])
+    threads = [
+        threading.Thread(target=stl10_input.download, args=[server.url, tmp_path / "f", MD5])
+        for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "waiting for another process that downloads to it" in capfd.readouterr().out
+    assert server.asked == [1000]
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_leftovers_of_a_killed_process_are_swept_away(tmp_path):
+    for name in (".unfinished-old.png", ".unfinished-new.png", ".mine.png"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".unfinished-old.png", (0, 0))
+    util.write_csv(tmp_path / "a.csv", [{"a": 1}])
+    assert {path.name for path in tmp_path.iterdir()} == {".unfinished-new.png", ".mine.png", "a.csv"}
+
+
+def test_full_standard_output_is_named(tmp_path):
+    def tell():
+        with util.publishing(tmp_path, "r"):
+            print("told", flush=True)
+
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        line = told_line(tell)
+    assert line == "standard output: No space left on device; free some space and run again"
+
+
+def test_backend_that_is_not_there():
+    command = [sys.executable, ROOT / "KNN.py", "--help"]
+    ended = subprocess.run(
+        command, env=os.environ | {"KERAS_BACKEND": "none"}, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("; see requirements.txt, KERAS_BACKEND and TMPDIR\n")
+    assert "Traceback" not in ended.stderr
+
+
+def test_scripts_without_docstrings(monkeypatch):
+    monkeypatch.setattr(KNN, "__doc__", None)
+    assert KNN.parse_args([]).name == "knn_cifar10"
+    assert simple.parse_args([], description=None).name == "simple_cifar10"
