@@ -123,7 +123,7 @@ def parse_resumable(parser, train, argv, default_name):
         default_name: Function of the arguments that names a run without --name.
 
     Raises:
-        ModelError: there is nothing to resume, or the processes cannot join.
+        ModelError: there is nothing to resume, or the processes cannot join or have other options.
     """
     args = parser.parse_args(argv)
     args.name = args.name or default_name(args)
@@ -133,6 +133,7 @@ def parse_resumable(parser, train, argv, default_name):
         resumed = None if processes()[0] else resumed_arguments(args.out, args.name)
         train.set_defaults(**told_by_first(resumed))
         args = parser.parse_args([*argv, "--name", args.name])
+    check_alike({f"--{key.replace('_', '-')}": value for key, value in recorded_arguments(args).items()})
     return args
 
 
@@ -1167,6 +1168,28 @@ def told_by_first(value):
     return json.loads(bytes(from_first(np.resize(text, int(from_first(np.int32(len(text))))))))
 
 
+def check_alike(values):
+    """Find out before gloo or NCCL aborts, or replicas part, whether several processes fit together.
+
+    Args:
+        values: Dict by what they are called of what must be alike in all processes.
+
+    Raises:
+        ModelError: they are not, told by every process.
+    """
+    if processes()[1] == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    checksums = [zlib.crc32(json.dumps(value, default=str).encode()) for value in values.values()]
+    with _together():
+        gathered = multihost_utils.process_allgather(np.array(checksums, np.uint32))
+    differing = [name for name, column in zip(values, gathered.T, strict=True) if len(set(column)) > 1]
+    if differing:
+        _disconnect()
+        raise ModelError(f"the processes differ in {', '.join(differing)}; start all by the same command")
+
+
 class _Share(keras.utils.PyDataset):
     """What a process feeds of every batch."""
 
@@ -1204,8 +1227,11 @@ def _on_all_devices(model, batches, validation):
     devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
     images = len(keras.tree.flatten(validation)[0])
     used = max(n for n in range(1, len(devices) + 1) if size % n == 0 and n <= images)
-    if count > 1:
-        _check_alike(model, batches, devices, used)
+    shapes = [(variable.path, variable.shape) for variable in model.variables]
+    check_alike({"data or batch size": (len(batches), size), "weights": shapes})
+    if count > 1 and used < len(devices):
+        _disconnect()
+        raise ModelError(f"--batch-size {size}: not a multiple of the {len(devices)} devices; choose another")
     if len(devices) > 1:
         print(f"Training on {used} of {len(devices)} devices, {size // used} images of a batch on each.")
 
@@ -1228,28 +1254,6 @@ def _on_all_devices(model, batches, validation):
     for variable in variables:
         variable.assign(np.asarray(variable.value))
     model.make_test_function(force=True)  # which was compiled for all devices
-
-
-def _check_alike(model, batches, devices, used):
-    """Find out before the first batch whether several processes fit together.
-
-    Raises:
-        ModelError: they do not.
-    """
-    from jax.experimental import multihost_utils
-
-    shapes = [(variable.path, variable.shape) for variable in model.variables]
-    about = len(batches), batches.batch_size, batches.seed, keras.config.dtype_policy().name, shapes
-    with _together():
-        checksums = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(about).encode())))
-    if len(set(checksums.tolist())) > 1:
-        _disconnect()
-        raise ModelError("the processes differ in data, options or --precision; start all by one command")
-    if used < len(devices):
-        _disconnect()
-        raise ModelError(
-            f"--batch-size {batches.batch_size}: not a multiple of the {len(devices)} devices; choose another"
-        )
 
 
 class _StopBetweenBatches(keras.callbacks.Callback):

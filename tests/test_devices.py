@@ -1,6 +1,5 @@
 """One machine trains on all its devices, several processes together: the weights are those of one device."""
 
-import importlib.util
 import os
 import shlex
 import signal
@@ -8,13 +7,25 @@ import socket
 import subprocess
 import sys
 
+import load_data
 import util
-from conftest import FULL, NAME, ROOT, TINY, table_rows, told_line, until, without_greeting
 
 import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import (
+    FULL,
+    NAME,
+    ROOT,
+    SMALL,
+    TINY,
+    random_images,
+    save_run,
+    told_line,
+    until,
+    without_greeting,
+)
 
 # starts a script, shrunk, on a machine that has no TensorFlow; what is measured after the training is left
 # out, the checkpoint is kept, and with GATE set, its second epoch waits while the file of that name is there
@@ -99,7 +110,7 @@ def start_two(start):
     return start_two
 
 
-def ended(process, seconds=120):
+def ended(process, seconds=600):
     """Exit code, stdout and the lines of stderr of a process that ends within some seconds."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, without_greeting(err).strip().splitlines()
@@ -107,7 +118,7 @@ def ended(process, seconds=120):
 
 def at_gate(gate, *processes):
     """Wait until a process is at the gate."""
-    until(lambda: gate.exists() or any(process.poll() is not None for process in processes))
+    until(lambda: gate.exists() or any(process.poll() is not None for process in processes), 600)
     assert gate.exists(), [process.communicate() for process in processes if process.poll() is not None]
 
 
@@ -203,7 +214,7 @@ def test_sigterm_tells_how_to_resume(start_two, tmp_path):
 @pytest.mark.parametrize(
     ("own", "told"),
     [
-        ((["--precision=float32"], ["--precision=mixed_bfloat16"]), "--precision"),
+        ((["--precision=float32"], ["--precision=mixed_bfloat16"]), "differ in --precision;"),
         ((["--batch-size=15"],) * 2, "--batch-size 15: not a multiple of the 2 devices"),
     ],
 )
@@ -212,6 +223,20 @@ def test_processes_that_do_not_fit_end_in_one_line_each(start_two, tmp_path, own
         code, _, lines = ended(process)
         assert (code, len(lines)) == (1, 1)
         assert told in lines[0]
+
+
+def test_processes_of_other_data_end_in_one_line_each(start_two, tmp_path):
+    own, all_images = [], [option for option in TRAIN if not option.startswith("--limit")]
+    for number in range(2):
+        folder = tmp_path / str(number) / "holiday"
+        folder.mkdir(parents=True)
+        for picture in range(10 + 6 * number):
+            load_data.write_pixels(folder / f"{picture}.png", random_images(24, 24, 3, seed=picture))
+        own.append([f"--dataset={folder}", f"--data-dir={folder.parent}"])
+    for process in start_two(tmp_path, *all_images, own=own):
+        code, _, lines = ended(process)
+        assert (code, len(lines)) == (1, 1)
+        assert "differ in data or batch size" in lines[0]
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX joins")
@@ -224,3 +249,30 @@ def test_processes_that_find_no_others_end_in_one_line(start, tmp_path):
     code, _, told = ended(start(tmp_path, *TRAIN, KERAS_DISTRIBUTION_NUM_PROCESSES=2))
     assert (code, len(told)) == (1, 1)
     assert "cannot join" in told[0]
+
+
+@pytest.mark.skipif(not FULL, reason="takes minutes")
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("simple_autoencoder", [*TINY, "--epochs=2"]),
+        ("stack_autoencoder", [*TINY, "--epochs=1", "--base=small"]),
+        ("classifier", [*TINY[:5], "--epochs=3", "--rounds=2", "--widths", 8, 8, 8]),
+    ],
+)
+def test_scripts_train_all_stages_on_two_devices_of_two_processes(
+    start, start_two, tmp_path, script, options
+):
+    for out in ("one", "0", "1"):
+        save_run(tmp_path / out)
+    processes = start_two(tmp_path, *options, script=script, code=SMALL, devices=2)
+    processes.append(start(tmp_path / "one", *options, script=script, code=SMALL))
+    (first, *_), (second, *printed), (alone, *_) = (ended(process) for process in processes)
+    assert (first, second, alone) == (0, 0, 0)
+    assert printed == ["", []]
+    paths = {path.name: path for path in (tmp_path / "one/weights").iterdir()}
+    assert len(paths) > 3
+    for name, path in paths.items():
+        ours, theirs = arrays_of(path), arrays_of(tmp_path / "0/weights" / name)
+        for key in ours:
+            np.testing.assert_allclose(ours[key], theirs[key], atol=1e-4, err_msg=f"{name} {key}")
