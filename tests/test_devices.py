@@ -28,7 +28,7 @@ from conftest import (
 )
 
 # starts a script, shrunk, on a machine that has no TensorFlow; what is measured after the training is left
-# out, the checkpoint is kept, and with GATE set, its second epoch waits while the file of that name is there
+# out, the checkpoint is kept, and with GATE set, epoch EPOCH waits while the file of that name is there
 DEVICE = f"""
 import importlib, os, shutil, sys, time
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_run(args, models, *parts):
 
 def go_to(batches, epoch):
     batches_go_to(batches, epoch)
-    if epoch == 1 and "GATE" in os.environ:
+    if epoch == int(os.environ.get("EPOCH", 1)) and "GATE" in os.environ:
         gate = Path(os.environ["GATE"])
         gate.touch()
         while gate.exists():
@@ -199,9 +199,10 @@ def test_killed_first_ends_its_follower(start_two, tmp_path):
     assert ended(second, 10)[0] != 0
 
 
-def test_sigterm_tells_how_to_resume(start_two, tmp_path):
+@pytest.mark.parametrize("epoch", [0, 1])  # before `fit`, since batches start at 0, and within
+def test_sigterm_tells_how_to_resume(start_two, tmp_path, epoch):
     gate = tmp_path / "gate"
-    first, second = start_two(tmp_path, *TRAIN, gates=(gate, None))
+    first, second = start_two(tmp_path, *TRAIN, gates=(gate, None), EPOCH=epoch)
     at_gate(gate, first, second)
     first.send_signal(signal.SIGTERM)
     gate.unlink()
