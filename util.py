@@ -26,6 +26,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at length
@@ -129,6 +130,8 @@ def add_saved_run_options(parser):
 def parse_resumable(parser, train, argv, default_name):
     """Parse a command line; with --resume, what is not given now is what was given then.
 
+    Processes that are to train together join here, before anything is computed.
+
     Args:
         parser: Of the whole command line.
         train: Parser of the verb `train`.
@@ -136,13 +139,17 @@ def parse_resumable(parser, train, argv, default_name):
         default_name: Function of the arguments that names a run without --name.
 
     Raises:
-        ModelError: there is nothing to resume.
+        ModelError: there is nothing to resume, or the processes cannot join or have other options.
     """
     args = parser.parse_args(argv)
     args.name = args.name or default_name(args)
+    if args.verb == "train":
+        join_processes()
     if args.verb == "train" and args.resume:
-        train.set_defaults(**resumed_arguments(args.out, args.name))
+        resumed = None if processes()[0] else resumed_arguments(args.out, args.name)
+        train.set_defaults(**told_by_first(resumed))
         args = parser.parse_args([*argv, "--name", args.name])
+    check_alike({f"--{key.replace('_', '-')}": value for key, value in recorded_arguments(args).items()})
     return args
 
 
@@ -323,7 +330,8 @@ def publishing(out, name):
     """Collect all files of a run in a folder of their own and move them into `out` together.
 
     If the block fails, nothing of `out` has changed. If the process dies while the files are moved, the next
-    `publishing` or `load_model` of that run moves the rest.
+    `publishing` or `load_model` of that run moves the rest. Processes that have trained together part here:
+    the first one alone goes on.
 
     Args:
         out: Folder that holds `models/`, `weights/` and so on.
@@ -332,6 +340,7 @@ def publishing(out, name):
     Yields:
         Folder to write to as if it were `out`.
     """
+    part_processes()
     publish(out, name)
     draft = Path(out) / "logs" / f".{name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -414,8 +423,16 @@ def check_writable(folder, remedy, drafts=None):
 
 
 def training_folder(out, name):
-    """Working folder of a training run, which has gone when the run has ended well."""
-    return Path(out) / "logs" / f"{name}.training"
+    """Working folder of a training run, which has gone when the run has ended well.
+
+    Of several processes, all but the first have a scratch folder.
+    """
+    return Path(_scratch() if processes()[0] else out) / "logs" / f"{name}.training"
+
+
+@functools.cache
+def _scratch():
+    return tempfile.mkdtemp()
 
 
 @contextlib.contextmanager
@@ -438,7 +455,7 @@ def training(script, args):
     command = [sys.executable, script, "--resume", "--name", args.name]
     if out != HERE:
         command += ["--out", str(out.resolve())]
-    with locked(out, args.name):
+    with locked(folder.parents[1], args.name):
         if not args.resume:
             if any(folder.rglob("checkpoint.*")):
                 raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
@@ -449,6 +466,9 @@ def training(script, args):
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Stopped. Go on with: {shlex.join(command)}") from None
+        finally:
+            if processes()[0]:
+                shutil.rmtree(_scratch())
         if (folder / "tensorboard").exists():
             shutil.rmtree(out / f"logs/{args.name}", ignore_errors=True)
             shutil.move(folder / "tensorboard", out / f"logs/{args.name}")
@@ -1169,6 +1189,175 @@ def _has_tensorboard():
     return there
 
 
+def processes():
+    """Number of this process, from 0, and how many train together."""
+    if keras.backend.backend() != "jax":
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def join_processes():
+    """Join the processes that train together, if Keras' environment variables say that there are several.
+
+    From then on the first one alone writes and tells. Nothing may have been computed before.
+
+    Raises:
+        ModelError: they cannot join.
+    """
+    if "KERAS_DISTRIBUTION_NUM_PROCESSES" not in os.environ:
+        return
+    if keras.backend.backend() != "jax":
+        raise ModelError("KERAS_DISTRIBUTION_NUM_PROCESSES: processes can join under KERAS_BACKEND=jax only")
+    keras.utils.set_random_seed(0)  # Keras would else agree on one, which `training` sets anyway
+    try:
+        keras.distribution.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"KERAS_DISTRIBUTION_*: the processes cannot join ({first_line(error)})") from None
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has set its own, which ignores it
+    import jax
+
+    number, count = processes()
+    if number:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if jax.device_count() != count * jax.local_device_count():
+        raise ModelError(f"{jax.device_count()} devices: {count} processes need as many each")
+
+
+def part_processes():
+    """End the joint work of several processes: the first goes on alone, the others end well."""
+    _disconnect()
+    if processes()[0]:
+        sys.exit()
+
+
+def _disconnect():
+    """Wait until all processes are here; from then on none ends because another does."""
+    if processes()[1] > 1:
+        import jax
+
+        told_by_first(None)
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _together():
+    """Tell in one line when another of several processes has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes()[1] == 1:
+            raise
+        raise ModelError(
+            f"another process has ended ({first_line(error)}); start all of them again with --resume"
+        ) from None
+
+
+def from_first(arrays):
+    """Arrays, as the first of several processes has them; their shapes are alike in all."""
+    if processes()[1] == 1:
+        return arrays
+    from jax.experimental import multihost_utils
+
+    with _together():
+        return multihost_utils.broadcast_one_to_all(arrays)
+
+
+def told_by_first(value):
+    """Anything that JSON holds, as the first of several processes has it."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return json.loads(bytes(from_first(np.resize(text, int(from_first(np.int32(len(text))))))))
+
+
+def check_alike(values):
+    """Find out before gloo or NCCL aborts, or replicas part, whether several processes fit together.
+
+    Args:
+        values: Dict by what they are called of what must be alike in all processes.
+
+    Raises:
+        ModelError: they are not, told by every process.
+    """
+    if processes()[1] == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    checksums = [zlib.crc32(json.dumps(value, default=str).encode()) for value in values.values()]
+    with _together():
+        gathered = multihost_utils.process_allgather(np.array(checksums, np.uint32))
+    differing = [name for name, column in zip(values, gathered.T, strict=True) if len(set(column)) > 1]
+    if differing:
+        _disconnect()
+        raise ModelError(f"the processes differ in {', '.join(differing)}; start all by the same command")
+
+
+class _Share(keras.utils.PyDataset):
+    """What a process feeds of every batch."""
+
+    def __init__(self, batches, share):
+        super().__init__()
+        self.batches, self.share = batches, share
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return keras.tree.map_structure(self.share, self.batches[index])
+
+
+@contextlib.contextmanager
+def _on_all_devices(model, batches, validation):
+    """Let `model.fit` use all devices that JAX sees, those of processes that have joined among them.
+
+    Each device holds all variables and computes a part of every batch (`keras.distribution.DataParallel`),
+    which gives the weights that one device would give. One process leaves out devices that cannot share a
+    batch evenly.
+
+    Args:
+        model: Built and compiled model; the first process's weights and optimizer count.
+        batches: `load_data.Batches`.
+        validation: Inputs and targets.
+
+    Yields:
+        Arguments of `model.fit`: batches and validation as this process has to feed them.
+
+    Raises:
+        ModelError: the processes do not fit together, or their devices cannot share a batch evenly.
+    """
+    (number, count), size = processes(), batches.batch_size
+    devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
+    images = len(keras.tree.flatten(validation)[0])
+    used = max(n for n in range(1, len(devices) + 1) if size % n == 0 and n <= images)
+    shapes = [(variable.path, variable.shape) for variable in model.variables]
+    check_alike({"data or batch size": (len(batches), size), "weights": shapes})
+    if count > 1 and used < len(devices):
+        _disconnect()
+        raise ModelError(f"--batch-size {size}: not a multiple of the {len(devices)} devices; choose another")
+    if len(devices) > 1:
+        print(f"Training on {used} of {len(devices)} devices, {size // used} images of a batch on each.")
+
+    def share(array):
+        return np.split(array[: len(array) // used * used], count)[number]
+
+    fed = {"x": batches, "validation_data": validation, "validation_batch_size": 250}
+    if used == 1:
+        yield fed
+        return
+    fed["x"], fed["validation_data"] = _Share(batches, share), keras.tree.map_structure(share, validation)
+    fed["validation_batch_size"] = max(1, 250 // used) * used // count
+    parallel = keras.distribution.DataParallel(devices=devices[:used], auto_shard_dataset=False)
+    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    for variable, value in zip(variables, from_first([np.asarray(v.value) for v in variables]), strict=True):
+        layout = parallel.get_variable_layout(variable)
+        variable.assign(keras.distribution.distribute_tensor(value, layout))
+    with parallel.scope():
+        yield fed
+    for variable in variables:
+        variable.assign(np.asarray(variable.value))
+    model.make_test_function(force=True)  # which was compiled for all devices
+
+
 class _StopBetweenBatches(keras.callbacks.Callback):
     """Let Ctrl-C and SIGTERM take effect between two batches: amid one, TensorFlow can abort the process.
 
@@ -1205,7 +1394,8 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     Args:
         model: Built and compiled model; has the best weights afterwards.
         batches: `load_data.Batches` that feed the training.
-        validation: Inputs and targets that are measured after every epoch.
+        validation: Inputs and targets that are measured after every epoch; on several devices, as many as
+            they can share evenly.
         epochs: Passes over the training images, those of the checkpoint included.
         folder: Working folder of the run, `training_folder`.
         monitor: Metric of the validation split that tells the best epoch.
@@ -1216,12 +1406,13 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         The metrics, a dict for each epoch.
 
     Raises:
-        ModelError: the loss became NaN, or the checkpoint is damaged.
+        ModelError: the loss became NaN, the checkpoint is damaged, or another process has ended.
     """
     model.optimizer.build(model.trainable_variables)
     checkpoint = Checkpoint(folder / stage, monitor)
     checkpoint.set_model(model)
-    epochs_done = checkpoint.restore()
+    checkpoint.restore()
+    checkpoint.rows = told_by_first(checkpoint.rows)
     # the checkpoint comes last, when all else of the epoch is on disk
     callbacks = [
         keras.callbacks.TerminateOnNaN(raise_error=True),
@@ -1230,23 +1421,26 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         checkpoint,
     ]
     try:
-        with _StopBetweenBatches() as stop:
+        with _StopBetweenBatches() as stop, _on_all_devices(model, batches, validation) as fed:
             model.fit(
-                batches,
+                **fed,
                 epochs=epochs,
-                initial_epoch=epochs_done,
-                validation_data=validation,
-                validation_batch_size=250,
+                initial_epoch=len(checkpoint.rows),
                 callbacks=[*callbacks, stop],
                 shuffle=False,
                 verbose=1 if sys.stdout.isatty() else 2,
             )
     except (RuntimeError, FloatingPointError) as error:
+        if stop.noted:  # the others have stopped first
+            raise KeyboardInterrupt from None
         if isinstance(error, RuntimeError) and "NaN or Inf loss" not in str(error):
-            raise
+            with _together():
+                raise
         remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
         raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
-    model.load_weights(checkpoint.best_path)
+    if not processes()[0]:
+        model.load_weights(checkpoint.best_path)
+    model.set_weights(from_first(model.get_weights()))
     return checkpoint.rows
 
 
