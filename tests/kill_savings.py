@@ -33,11 +33,12 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (60, 24, 24, 3), np.uint8)
 PARTS = ("encoder", "autoencoder")
 
 
-def model_of(version):
-    """A model all of whose weights are `version` units."""
+def model_of(version, part="encoder"):
+    """A model with the shapes of a part of a run, all of whose weights are `version` units."""
     image = keras.Input((None, None, 3))
     hidden = keras.layers.Dense(HIDDEN)(image)
-    model = keras.Model(image, [keras.layers.Dense(16)(hidden), keras.layers.Dense(16)(hidden)])
+    code = [keras.layers.Dense(16)(hidden), keras.layers.Dense(16)(hidden)]
+    model = keras.Model(image, code if part == "encoder" else keras.layers.Dense(3)(hidden))
     fill(model, version)
     return model
 
@@ -60,10 +61,9 @@ def checkpoint_of(out, model):
 
 def save(out, version):
     """Save a run, its feature maps, an epoch's checkpoint and a cache."""
-    model = model_of(version)
     with util.publishing(out, "run") as draft:
         for part in PARTS:
-            util.save_model(draft, model, f"{part}_run")
+            util.save_model(draft, model_of(version, part), f"{part}_run")
         util.write_csv(draft / "logs/run.csv", [{"version": version}])
         util.write_record(draft, "run", {"version": version})
     util.feature_maps(out, "run", "test", IMAGES, np.arange(len(IMAGES)), version=version)
