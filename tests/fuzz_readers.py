@@ -229,8 +229,7 @@ def picture_seeds(rng):
             raise load_data.DataError("left out")
 
     pixels = Image.fromarray(rng.integers(0, 256, (12, 17, 3), np.uint8))
-    kinds = {"PNG": pixels, "JPEG": pixels, "TIFF": pixels, "BMP": pixels, "WEBP": pixels, "PPM": pixels}
-    kinds |= {"GIF": pixels.quantize(16), "ICO": pixels, "TGA": pixels}
+    kinds = {"PNG": pixels, "JPEG": pixels, "TIFF": pixels, "WEBP": pixels}
     for kind, image in kinds.items():
         file = io.BytesIO()
         image.save(file, kind)
