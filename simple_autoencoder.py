@@ -6,6 +6,7 @@
     python simple_autoencoder.py evaluate              # measure the saved model again
     python simple_autoencoder.py denoise IN --to OUT   # your own pictures
     python simple_autoencoder.py --start simple_cifar10 --dataset holiday/   # go on with your own
+    python simple_autoencoder.py evaluate --pictures CLEAN --noise white camera   # your own test set
 
 Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
 models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
@@ -88,7 +89,7 @@ SHOWN_DRAWS = 3
 FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
-PHOTOGRAPHS = "photos432"  # data set whose model denoises them, where it is saved
+PHOTOGRAPHS = "photographs"  # data set whose model denoises them, where it is saved
 DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
 
 

@@ -809,8 +809,8 @@ def test_model_of_photographs_is_taken_where_it_is_saved(tmp_path):
     arguments = ["denoise", "a.png", "--to", "b", "--out", str(tmp_path)]
     assert simple.parse_args(arguments).name == "simple_cifar10"
     (tmp_path / "models").mkdir()
-    (tmp_path / "models/autoencoder_simple_photos432.json").write_text("{}")
-    assert simple.parse_args(arguments).name == "simple_photos432"
+    (tmp_path / "models/autoencoder_simple_photographs.json").write_text("{}")
+    assert simple.parse_args(arguments).name == "simple_photographs"
     assert simple.parse_args([*arguments, "--name=mine"]).name == "mine"
     assert simple.parse_args(arguments, "stacked").name == "stacked_cifar10"
 
