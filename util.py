@@ -662,8 +662,8 @@ def save_model(draft, model, name):
         def add(path, item):
             if isinstance(item, h5py.Dataset):
                 weight = _as_float16(item[()])
-                packed = {"compression": "gzip", "shuffle": True} if weight.size > 1000 else {}
-                small.create_dataset(path, data=weight, **packed)
+                packed = {"compression": "gzip", "shuffle": True, "chunks": weight.shape}
+                small.create_dataset(path, data=weight, **packed if weight.size > 1000 else {})
             else:
                 small.require_group(path).attrs.update(item.attrs)
 
