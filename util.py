@@ -482,7 +482,9 @@ def _keep_arguments(path, script, args):
         ModelError: it is not; names the first argument that differs.
     """
     new = json.loads(json.dumps({"script": script} | vars(args), default=str))
-    for key, old in (_read_dict(path) or {}).items() if args.resume else ():
+    # of several processes that train together, the first alone has the file
+    interrupted = _read_dict(path) if args.resume and path.exists() else None
+    for key, old in (interrupted or {}).items():
         if key not in CHANGEABLE and "epochs" not in key and new.get(key, old) != old:
             what = f"the interrupted run has {key.replace('_', '-')} {old}, not {new[key]}"
             raise ModelError(f"{path}: {what}; resume it as it was, or delete {path.parent}")
