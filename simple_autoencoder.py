@@ -836,6 +836,19 @@ def group_frame(epoch, clean, noisy, denoised):
     return util.rows_figure(rows, f"epoch {epoch}: {psnr.mean():.2f} dB")
 
 
+def read_frame(path):
+    """The images (N, H, W, 3), uint8, that `Frames` kept of an epoch.
+
+    Raises:
+        util.ModelError: the file is damaged.
+    """
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        told = f"{path}: damaged ({util.first_line(error)}); delete it and go on with --resume"
+        raise util.ModelError(told) from None
+
+
 def write_gifs(draft, name, folder, clean, noisy):
     """Write `gifs/NAME_single.gif` and `gifs/NAME_group.gif`: denoising as the epochs pass.
 
@@ -850,7 +863,7 @@ def write_gifs(draft, name, folder, clean, noisy):
         paths[index] for index in np.unique(np.linspace(0, len(paths) - 1, GIF_FRAMES).round().astype(int))
     ]
     for kind, draw in (("single", single_frame), ("group", group_frame)):
-        figures = (draw(int(path.stem), clean, noisy, np.load(path)) for path in paths)
+        figures = (draw(int(path.stem), clean, noisy, read_frame(path)) for path in paths)
         util.save_gif(figures, draft / f"gifs/{name}_{kind}.gif")
 
 

@@ -757,6 +757,10 @@ def test_gifs_do_without_what_a_kill_has_left(tmp_path):
     (tmp_path / "gifs").mkdir()
     simple.write_gifs(tmp_path, "run", tmp_path, clean, clean)
     assert len(iio.imread(tmp_path / "gifs/run_single.gif")) == 2
+    os.truncate(tmp_path / "0001.npy", 200)
+    line = told_line(simple.write_gifs, tmp_path, "run", tmp_path, clean, clean)
+    assert line.startswith(f"{tmp_path}/0001.npy: damaged (")
+    assert line.endswith("delete it and go on with --resume")
 
 
 def test_resumed_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
