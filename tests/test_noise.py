@@ -204,8 +204,8 @@ def test_camera_noise_is_as_strong_grainy_and_coloured_as_measured_on_real_pairs
     assert abs(noise.mean()) < 0.3
 
 
-@pytest.mark.parametrize("sigma, low, high", [(CAMERA_SIGMA[0], 1, 3), (CAMERA_SIGMA[1], 11, 22)])
-def test_camera_noise_of_training_leaves_2_to_15_grey_levels(sigma, low, high):
+@pytest.mark.parametrize("sigma, low, high", [(CAMERA_SIGMA[0], 2, 5), (CAMERA_SIGMA[1], 11, 22)])
+def test_camera_noise_of_training_leaves_3_to_15_grey_levels(sigma, low, high):
     assert low < np.median(residual(flat(count=24), "camera", sigma).std(axis=(1, 2, 3))) < high
 
 
@@ -305,6 +305,28 @@ def test_strength_of_camera_noise_is_logarithmic_and_within_its_range(monkeypatc
     low, high = CAMERA_SIGMA
     assert low <= strengths[0].min() and strengths[0].max() <= high
     assert np.median(strengths[0]) == pytest.approx(np.sqrt(low * high), rel=0.1)
+
+
+def test_grainy_images_are_halved_and_mirrored():
+    rng = np.random.default_rng(0)
+    calm = scene(2, 16).astype(np.float32) / 255
+    calm[:, :, :9] = 0.5
+    grainy = (calm + rng.normal(0, 2 / 255, calm.shape)).astype(np.float32)
+    np.testing.assert_array_equal(load_data.without_grain(calm), calm)
+    halved = load_data.without_grain(grainy)
+    np.testing.assert_allclose(halved[:, 3, 5], grainy[:, 6:8, 10:12].mean(axis=(1, 2)), atol=1e-6)
+    np.testing.assert_array_equal(halved, halved[:, ::-1])
+    np.testing.assert_array_equal(halved, halved[:, :, ::-1])
+
+
+def test_only_images_with_camera_noise_are_halved(monkeypatch):
+    monkeypatch.setitem(NOISE_KINDS, "camera", lambda images, sigma, rng: images)
+    images = np.random.default_rng(0).integers(60, 196, (40, 8, 8, 3), np.uint8)
+    (noisy, sigma), clean = Batches(images, 40, noise={"camera": 0.5, "white": 0.5})[0]
+    np.testing.assert_array_equal(noisy, clean)
+    mirrored = (clean == clean[:, ::-1]).all(axis=(1, 2, 3))
+    np.testing.assert_array_equal(mirrored, sigma.ravel() == 0)
+    assert mirrored.any() and not mirrored.all()
 
 
 def test_batches_depend_on_seed_epoch_and_position_alone():
