@@ -1,7 +1,8 @@
 """How a run is kept, loaded and shown: what the scripts share and what knows no data set.
 
-Files and folders of a run, saving and loading models, checkpoints, PSNR and SSIM, denoising batches and
-pictures, figures, GIFs, tables, and how a script ends.
+From top to bottom: command lines and how a script ends; files and folders of a run, its record; saving and
+loading models; denoising of batches and pictures; PSNR and SSIM; training, on several devices too; figures and
+GIFs; feature maps; tables.
 """
 
 import argparse
