@@ -267,7 +267,7 @@ def default_encoders(out, dataset):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").partition("\n")[0], formatter_class=util.HelpFormatter
     )
     add_data_options(parser)
     util.add_run_options(parser)

@@ -27,6 +27,7 @@ from stl10_input import DataError
 from util import (
     HERE,
     NAME_BYTES,
+    HelpFormatter,
     atomic,
     first_line,
     format_table,
@@ -1116,7 +1117,7 @@ def add_data_options(parser):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Prepare a data set and show it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Prepare a data set and show it.", formatter_class=HelpFormatter
     )
     add_data_options(parser)
     parser.add_argument("--out", type=given_path, default=HERE, help="where figures/ is")

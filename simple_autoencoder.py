@@ -28,6 +28,7 @@ import util
 from load_data import (
     NOISE_KINDS,
     SIGMAS,
+    SUFFIXES,
     TEST_NOISE_SEED,
     Batches,
     DataError,
@@ -226,8 +227,7 @@ class DenoisingVAE(keras.Model):
 
     In training it is fed images and the deviation of the white noise that it adds to each, 0 where they are
     noisy already, and samples the codes; otherwise it is fed noisy images and takes the codes' means. The
-    loss is, for each image and in nats per
-    pixel value,
+    loss is, for each image and in nats per pixel value,
 
         1/2 log(MSE + g^2) + kl_weight * KL(q(z|x) || N(0, I)),    g one grey level.
 
@@ -1095,7 +1095,9 @@ def evaluate_pictures(args):
     models = [util.load_model(args.out, args.name, part) for part in parts]
     if args.save:
         util.check_writable(args.save, "choose another --save")
+    print(f"Denoised by {args.name}", flush=True)
     noises = {f"{kind} {sigma}": (kind, sigma) for kind in args.noise for sigma in SIGMAS}
+    summary = []
     for label, noise in noises.items() if not args.noisy else [("as given", None)]:
         rows = []
         pictures = (
@@ -1109,8 +1111,10 @@ def evaluate_pictures(args):
                 write_pixels(args.save / f"{stem}_denoised.png", denoised)
                 write_pixels(args.save / f"{stem}.png", noisy if not noise else util.to_uint8(noisy))
         means = {key: float(np.mean([row[key] for row in rows])) for key in list(rows[0])[2:]}
-        rows.append({"noise": label, "picture": f"mean of {len(rows)}"} | means)
-        print(util.format_table(rows), flush=True)
+        summary.append({"noise": label, "picture": f"mean of {len(rows)}"} | means)
+        print(util.format_table([*rows, summary[-1]]), flush=True)
+    if len(summary) > 1:
+        print(util.format_table(summary))
 
 
 def deviation_path(target):
@@ -1172,6 +1176,8 @@ def sources_and_targets(pictures, to, samples=0):
         sources += inside
     if len(sources) == 1 and sources == pictures and to.suffix and not to.is_dir():
         return [(sources[0], to)]
+    if to.suffix.lower() in SUFFIXES and not to.is_dir():
+        raise DataError(f"{to}: the name of one file, for what may be several; choose a folder")
     targets = [to / source.name for source in sources]
     results = Counter(targets + [deviation_path(target) for target in targets if samples])
     for path, count in results.items():
@@ -1192,6 +1198,7 @@ def denoise_pictures(args):
     util.check_writable(folder, "choose another --to")
     parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
     models = [util.load_model(args.out, args.name, part, args.precision) for part in parts]
+    print(f"Denoising by {args.name}", flush=True)
     failed = 0
     for source, target in pairs:
         try:
@@ -1236,7 +1243,7 @@ def add_train_options(parser):
         nargs="+",
         default={"white": 1.0},
         metavar="KIND[=SHARE]",
-        help=f"kinds of training noise and their shares: {', '.join(NOISE_KINDS)}",
+        help=f"kinds of training noise and their shares (default: white alone): {', '.join(NOISE_KINDS)}",
     )
 
 

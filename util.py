@@ -1,8 +1,8 @@
 """How a run is kept, loaded and shown: what the scripts share and what knows no data set.
 
 From top to bottom: command lines and how a script ends; files and folders of a run, its record; saving and
-loading models; denoising of batches and pictures; PSNR and SSIM; training, on several devices too; figures and
-GIFs; feature maps; tables.
+loading models; denoising of batches and pictures; PSNR and SSIM; training, on several devices too; figures
+and GIFs; feature maps; tables.
 """
 
 import argparse
@@ -33,10 +33,29 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at length
 logging.getLogger("tensorflow").setLevel(logging.ERROR)  # and warns of every new model's first prediction
 
+
+@contextlib.contextmanager
+def _no_greeting():
+    """Close stderr to C++ libraries, which greet when they are imported before they ask for a log level."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, as by `2>&-`
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 try:
+    with _no_greeting():
+        import keras
     import h5py
     import imageio.v3 as iio
-    import keras
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -154,6 +173,14 @@ def parse_resumable(parser, train, argv, default_name):
     return args
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults of options that have one and whose help does not tell it."""
+
+    def _get_help_string(self, action):
+        told = action.default is None or action.default is False or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
 def verb_parser(argv, verbs, description):
     """Parser of a script that knows verbs, of which `train` is meant where none is given.
 
@@ -174,7 +201,7 @@ def verb_parser(argv, verbs, description):
         epilog="Without a verb, train is meant; its options: train --help",
     )
     add_parser = parser.add_subparsers(dest="verb", required=True).add_parser
-    return argv, parser, functools.partial(add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return argv, parser, functools.partial(add_parser, formatter_class=HelpFormatter)
 
 
 def number(kind, low, high=10**9):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import simple_autoencoder as simple
 import util
-from load_data import Batches, Data, add_noise
+from load_data import SIGMAS, Batches, Data, add_noise
 from stl10_input import read_all_images
 
 import h5py
@@ -737,7 +737,7 @@ def test_denoise_writes_what_it_can_and_names_the_rest(trained, tmp_path, capsys
     told = capsys.readouterr().err
     assert told == f"{target / 'b.jpg'}: is there already; choose another --to, or --force\n"
     printed = denoise(trained, source / "b.jpg", target, "--force")
-    assert re.fullmatch(rf"{target / 'b.jpg'}: 20x30, \d\.\d s\n", printed)
+    assert re.fullmatch(rf"Denoising by {NAME}\n{target / 'b.jpg'}: 20x30, \d\.\d s\n", printed)
     assert (target / "b.jpg").read_bytes() == before
 
 
@@ -833,6 +833,10 @@ def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):
         simple.sources_and_targets(pictures, tmp_path / "out")
     assert simple.sources_and_targets(pictures[:1], tmp_path / "b.jpg") == [(pictures[0], tmp_path / "b.jpg")]
     assert simple.sources_and_targets(pictures[:1], tmp_path) == [(pictures[0], tmp_path / "a.png")]
+    with pytest.raises(
+        OSError, match="b.jpg: the name of one file, for what may be several"
+    ):
+        simple.sources_and_targets(pictures, tmp_path / "b.jpg")
 
 
 def gaussian_truth(samples, deviation, count=40_000):
@@ -1032,6 +1036,8 @@ def test_pictures_of_a_folder_are_measured_by_the_protocol(test_set, tmp_path):
     ]
     measured = {(row[0], row[1]): row[2:] for row in rows}
     assert {name for _, name in measured} >= {"a", "grey", "inside/b", "mean of 3"}
+    levels = [f"{kind} {sigma}" for kind in ("white", "grey") for sigma in SIGMAS]
+    assert [row[:2] for row in rows[-10:]] == [[level, "mean of 3"] for level in levels]
     model = util.load_model(out, NAME, "autoencoder")
     for name, file in (("a", "a.png"), ("grey", "grey.png")):
         picture = np.atleast_3d(iio.imread(clean / file))

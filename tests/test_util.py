@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from conftest import (
     pixels_of,
     random_images,
     save_run,
+    start,
     told_line,
     without_greeting,
 )
@@ -846,3 +848,25 @@ def test_table_is_markdown():
 def test_run_names_stay_inside_their_folders(name):
     with pytest.raises(ValueError):
         util.run_name(name)
+
+
+def test_help_tells_each_default_once():
+    parser = argparse.ArgumentParser(formatter_class=util.HelpFormatter)
+    parser.add_argument("--a", default=0, help="with zero")
+    parser.add_argument("--b", help="with none")
+    parser.add_argument("--c", action="store_true", help="a switch")
+    parser.add_argument("--d", default=1, help="its own (default: one)")
+    assert [re.split("  +", line)[-1] for line in parser.format_help().splitlines()[-4:]] == [
+        "with zero (default: 0)",
+        "with none",
+        "a switch",
+        "its own (default: one)",
+    ]
+
+
+def test_libraries_do_not_greet():
+    process = start("simple_autoencoder.py", "--help")
+    printed, err = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert printed.startswith("usage: ")
+    assert err == ""
