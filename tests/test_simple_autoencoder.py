@@ -833,9 +833,7 @@ def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):
         simple.sources_and_targets(pictures, tmp_path / "out")
     assert simple.sources_and_targets(pictures[:1], tmp_path / "b.jpg") == [(pictures[0], tmp_path / "b.jpg")]
     assert simple.sources_and_targets(pictures[:1], tmp_path) == [(pictures[0], tmp_path / "a.png")]
-    with pytest.raises(
-        OSError, match="b.jpg: the name of one file, for what may be several"
-    ):
+    with pytest.raises(OSError, match="b.jpg: the name of one file, for what may be several"):
         simple.sources_and_targets(pictures, tmp_path / "b.jpg")
 
 
