@@ -879,6 +879,7 @@ def layer_calls(model, inputs):
     return calls
 
 
+@functools.lru_cache(maxsize=8)  # each walk over a graph adds to it
 def stride(model):
     """Factor that height and width of a convolutional model's input must be multiples of."""
     side = 64
@@ -886,6 +887,7 @@ def stride(model):
     return max(side // tensor.shape[1] for _, _, after in calls for tensor in after if len(tensor.shape) == 4)
 
 
+@functools.lru_cache(maxsize=8)
 def receptive_field(model):
     """How many pixels to either side an output pixel of a convolutional model depends on, at most."""
     side, reach = 64, {}
@@ -971,7 +973,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
     step, whole = stride(autoencoder), autoencoder
     if posterior:
         encoder, decoder = posterior
-        whole = keras.Model(encoder.input, decode(decoder, split_codes(encoder.outputs)[0]))
+        whole = _drawing_model(encoder, decoder)
     reach = -(-receptive_field(whole) // step) * step
     tile = tile or (SAMPLING_TILE if posterior else TILE)
     spans = list(itertools.product(*(tile_spans(side, tile, reach, step) for side in picture.shape[:2])))
@@ -996,6 +998,12 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
             errors[rows, columns] = 255 * np.sqrt(squares.mean(axis=2) / samples)
         advance()
     return result, errors
+
+
+@functools.lru_cache(maxsize=8)
+def _drawing_model(encoder, decoder):
+    """Model of all that a draw depends on, the detail codes among it."""
+    return keras.Model(encoder.input, decode(decoder, split_codes(encoder.outputs)[0]))
 
 
 def _visible(output, inside, channels):

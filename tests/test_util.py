@@ -137,6 +137,15 @@ def test_stride_counts_nested_models():
     assert [util.stride(model) for model in (MODELS[2], MODELS[4], outer)] == [2, 4, 4]
 
 
+def test_pictures_do_not_grow_the_model():
+    model = small_model()
+    nodes = []
+    for _ in range(3):
+        util.denoise_picture(model, random_images(6, 6, 3))
+        nodes.append(sum(len(layer._inbound_nodes) for layer in model.layers))
+    assert nodes[0] == nodes[2]
+
+
 def test_receptive_field_bounds_what_a_pixel_changes():
     model = small_model(convolutions=3)
     noise = np.random.default_rng(0).normal(0, 0.2, (1, 60, 60, 3)).astype(np.float32)
