@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -1189,7 +1190,8 @@ class Checkpoint(keras.callbacks.Callback):
         except (OSError, KeyError, ValueError):
             raise ModelError(f"{path}: damaged checkpoint; train without --resume") from None
         try:
-            self.model.load_weights(path)
+            with warnings.catch_warnings(action="ignore"):  # of every layer of another model
+                self.model.load_weights(path)
         except Exception as error:
             raise ModelError(
                 f"{path}: does not fit this model ({first_line(error)}); train without --resume"

@@ -651,7 +651,7 @@ def test_checkpoint_of_a_long_training(tmp_path):
     assert checkpoint.restore() == 2001
 
 
-def test_checkpoint_faults_are_told(tmp_path):
+def test_checkpoint_faults_are_told(tmp_path, recwarn):
     checkpoint = checkpoint_of(tmp_path)
     assert checkpoint.restore() == 0
     for content in (b"", b"no HDF5"):
@@ -662,6 +662,13 @@ def test_checkpoint_faults_are_told(tmp_path):
         file["history"] = json.dumps([])
     with pytest.raises(ModelError, match="does not fit this model"):
         checkpoint.restore()
+    util.write_weights(checkpoint.path, checkpoint.model, [])
+    checkpoint.set_model(small_model(convolutions=3))
+    checkpoint.model.compile("adam", "mse")
+    checkpoint.model.optimizer.build(checkpoint.model.trainable_variables)
+    with pytest.raises(ModelError, match="does not fit this model"):
+        checkpoint.restore()
+    assert not any("Skipping variable loading" in str(warning.message) for warning in recwarn)
 
 
 def test_validation_that_is_not_a_number_stops_before_it_is_kept(tmp_path):
