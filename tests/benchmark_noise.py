@@ -5,7 +5,8 @@
 
 Denoises square parts of the photographs that training leaves out. The models are told nothing; each classical
 method is given, for every kind and strength, the one of its parameters that is best on these very pictures.
-Prints PSNR and writes `figures/benchmark_noise.png`.
+Prints PSNR and writes `figures/benchmark_noise.png`; and `benchmark_noise_pictures.png`, which shows what the
+last model makes of each kind.
 """
 
 import argparse
@@ -87,6 +88,18 @@ def kinds_figure(rows, title):
     return figure
 
 
+def pictures_figure(clean, name, model, sigma=SIGMAS[-1]):
+    """A noisy and a denoised picture of each kind of noise."""
+    pictures = [(clean[[index % len(clean)]], kind) for index, kind in enumerate(NOISE_KINDS)]
+    truth = np.concatenate([clean_of(picture, kind) for picture, kind in pictures])
+    noisy = np.concatenate([add_noise(picture, sigma, kind=kind) for picture, kind in pictures])
+    rows = [
+        (label, images, [f"{value:.1f} dB" for value in util.psnr(truth, images)])
+        for label, images in (("noisy", util.to_uint8(noisy)), (name, util.denoise(model, noisy)))
+    ]
+    return util.rows_figure([*rows, ("clean", truth, list(NOISE_KINDS))])
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -124,10 +137,13 @@ def main(argv=None):
     title = f"{len(clean)} held-out photographs, {args.side}x{args.side} of each"
     print(f"{title}, PSNR in dB; {util.environment()['hardware']}")
     print(util.format_table(rows))
-    path = args.out / "figures/benchmark_noise.png"
-    with util.atomic(path) as temporary:
-        util.save_figure(kinds_figure(rows, title), temporary)
-    print(f"Written: {path}")
+    figures = {"benchmark_noise": kinds_figure(rows, title)}
+    figures["benchmark_noise_pictures"] = pictures_figure(np.stack(clean), *list(models.items())[-1])
+    for name, figure in figures.items():
+        path = args.out / f"figures/{name}.png"
+        with util.atomic(path) as temporary:
+            util.save_figure(figure, temporary)
+        print(f"Written: {path}")
 
 
 if __name__ == "__main__":
