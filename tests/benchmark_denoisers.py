@@ -46,6 +46,8 @@ BATCH = 250  # images that a model gets at a time; the classical methods take on
 
 def block_matching(noisy, sigma):
     """BM3D: Dabov et al., "Image Denoising by Sparse 3-D Transform-Domain Collaborative Filtering", 2007."""
+    if (noisy == noisy[..., :1]).all():  # bm3d_rgb fails where there is no colour
+        return np.repeat(bm3d.bm3d(noisy[..., 0], sigma / 255)[..., None], 3, axis=2)
     return bm3d.bm3d_rgb(noisy, sigma / 255)
 
 
