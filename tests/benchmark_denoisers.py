@@ -170,6 +170,15 @@ def test_images(args):
     return [picture[None] for picture in held_out_pictures(args.dataset)[: args.images]]
 
 
+def write_figures(out, figures):
+    """Write figures, a dict by name, to `figures/benchmark_NAME.png` in the folder `out`."""
+    for name, figure in figures.items():
+        path = out / f"figures/benchmark_{name}.png"
+        with util.atomic(path) as temporary:
+            util.save_figure(figure, temporary)
+        print(f"Written: {path}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     clean = test_images(args)
@@ -199,14 +208,11 @@ def main(argv=None):
             [{"method": label, "images/s": float(1 / d.seconds_per_image)} for label, d in denoisers.items()]
         )
     )
-    for kind, figure in (
-        ("sigma", sigma_figure(table, labels, models, title)),
-        ("time", time_figure(table, labels, denoisers, title)),
-    ):
-        path = args.out / f"figures/benchmark_{name}_{kind}.png"
-        with util.atomic(path) as temporary:
-            util.save_figure(figure, temporary)
-        print(f"Written: {path}")
+    figures = {
+        f"{name}_sigma": sigma_figure(table, labels, models, title),
+        f"{name}_time": time_figure(table, labels, denoisers, title),
+    }
+    write_figures(args.out, figures)
 
 
 if __name__ == "__main__":

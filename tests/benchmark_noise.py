@@ -20,7 +20,7 @@ from load_data import NOISE_KINDS, SPLIT_SEED, TEST_NOISE_SEED, absolute_path, a
 
 import cv2
 import numpy as np
-from benchmark_denoisers import block_matching, held_out_pictures, non_local_means
+from benchmark_denoisers import block_matching, held_out_pictures, non_local_means, write_figures
 from matplotlib.figure import Figure
 
 SIGMAS = (10, 25)
@@ -137,13 +137,8 @@ def main(argv=None):
     title = f"{len(clean)} held-out photographs, {args.side}x{args.side} of each"
     print(f"{title}, PSNR in dB; {util.environment()['hardware']}")
     print(util.format_table(rows))
-    figures = {"benchmark_noise": kinds_figure(rows, title)}
-    figures["benchmark_noise_pictures"] = pictures_figure(np.stack(clean), *list(models.items())[-1])
-    for name, figure in figures.items():
-        path = args.out / f"figures/{name}.png"
-        with util.atomic(path) as temporary:
-            util.save_figure(figure, temporary)
-        print(f"Written: {path}")
+    shown = pictures_figure(np.stack(clean), *list(models.items())[-1])
+    write_figures(args.out, {"noise": kinds_figure(rows, title), "noise_pictures": shown})
 
 
 if __name__ == "__main__":
