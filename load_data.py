@@ -72,7 +72,7 @@ BUILT_IN = ("cifar10", "stl10", "photos")
 SIGMAS = (15, 25, 35, 50, 75)  # of the protocol, on the 0-255 scale
 TEST_NOISE_SEED = 0
 SPLIT_SEED = 0
-PCA_VALUES = 20_000_000  # of the images whose PCA is told
+PCA_VALUES = 20_000_000  # of the images that the printed PCA is fitted to, at most
 PATCH_SPLITS = ("train", "validation", "test")
 VALIDATION = 1000  # images at most, and at most a tenth of the training set
 STL10_SIZES = (48, 50, 72, 96)
@@ -96,7 +96,8 @@ JPEG_QUALITY, JPEG_QUALITIES = 90, (60, 100)  # of the protocol, of training
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 CORRELATED_RADII = (0.4, 2)  # of Gaussian filters, in pixels
 CAMERA_SIGMA = (5, 25)  # of training: 3 to 15 grey levels are left
-GRAIN = 0.5  # grey levels of noise of its own that a training image may have to be taken for clean
+GRAIN = (0.5, 3)  # grey levels: below, a training image is clean; above, it is texture
+NOISELESS = 0.125  # share of camera noise that has strength zero, so that texture is not taken for noise
 
 # simulated cameras: with these ranges their noise resembles that of pairs of real photographs
 MID_GREY, MID_GREY_SLOPE = 0.214, 1.08  # linear light of sRGB's 1/2, and the slope of sRGB there
@@ -722,7 +723,7 @@ def add_noise(images, sigma, rng=None, kind="white"):
 
 
 def clean_of(images, kind):
-    """What images uint8 (N, H, W, 3) with noise of some kind are to be denoised to: themselves, or grey."""
+    """Ground truth for a kind of noise: images uint8 (N, H, W, 3), or for `grey` their grey versions."""
     if kind != "grey":
         return images
     return np.broadcast_to(images.mean(axis=-1, keepdims=True).round().astype(np.uint8), images.shape)
@@ -838,7 +839,7 @@ def camera(images, sigma, rng):
     what cameras do to pictures. So linear steps are done to the noise n alone, and a step f that is not
     linear, the curves and JPEG, makes (f(x + n) - f(x - n)) / 2 of it.
 
-    sigma is the deviation that green has on the sensor at mid-grey, told in grey levels of sRGB. Of y - x it
+    sigma is the deviation that green has on the sensor at mid-grey, in grey levels of sRGB. Of y - x it
     is about half to once that, less in blacks and whites.
     """
     return developed(images, sensor_noise(images, sigma, rng), rng)
@@ -901,15 +902,17 @@ def developed(images, noise, rng):
 def without_grain(images):
     """Images (N, H, W, 3) in [0, 1], H and W even; those with noise of their own at half the size.
 
-    Photographs are taken for clean that often have as much noise as is to be removed. The mean of 2x2 pixels
-    has less; mirrored, it fills the frame. An image's own noise is what its calmest 8x8 pixels have.
+    Photographs pass for clean that often have as much noise as is to be removed. The mean of 2x2 pixels has
+    less; mirrored, it fills the frame. An image's own noise is what its calmest 8x8 pixels have; where that
+    is more than noise would be, they are texture, and the image stays.
     """
     steps = np.diff(255 * (images @ np.array(LUMA, np.float32)), axis=2)
     power = uniform_filter(np.square(steps), (0, 8, 8)).min(axis=(1, 2)) / 2
     small = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, 3).mean(axis=(2, 4))
     mirrored = np.concatenate([small, small[:, ::-1]], axis=1)
     mirrored = np.concatenate([mirrored, mirrored[:, :, ::-1]], axis=2)
-    return np.where(power[:, None, None, None] > GRAIN**2, mirrored, images)
+    low, high = np.square(GRAIN)
+    return np.where(((low < power) & (power < high))[:, None, None, None], mirrored, images)
 
 
 def to_linear(images, curved):
@@ -1012,6 +1015,28 @@ def fit_pca(images, energy=0.95):
     return PCA(n_components=energy, svd_solver=solver).fit(pixels)
 
 
+def training_pair(images, kind, at, sigma, rng):
+    """Noisy and clean images of one kind of noise, as denoisers are trained on them.
+
+    Args:
+        images: uint8 array (N, H, W, 3).
+        kind: One of NOISE_KINDS.
+        at: Where each image lies in the range of strengths, (N, 1, 1, 1) from 0 to 1.
+        sigma: Lowest and highest strength on the 0-255 scale. That of camera noise is kept within
+            CAMERA_SIGMA, on a logarithmic scale, and zero for a share of NOISELESS.
+        rng: `numpy.random.Generator`.
+
+    Returns:
+        Two float arrays like `images`, nominally in [0, 1].
+    """
+    clean, (low, high) = to_float(clean_of(images, kind)), sigma
+    strength = low + at * (high - low)
+    if kind == "camera":
+        clean, (low, high) = without_grain(clean), np.clip(sigma, *CAMERA_SIGMA)
+        strength = np.where(rng.random(at.shape) < NOISELESS, 0, low * (high / low) ** at)
+    return NOISE_KINDS[kind](clean, strength, rng), clean
+
+
 class Batches(keras.utils.PyDataset):
     """Feed `fit` with images and their noise, in a new order every epoch (`go_to`), half of them mirrored.
 
@@ -1027,8 +1052,7 @@ class Batches(keras.utils.PyDataset):
         batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
         seed: Of order, mirroring and noise.
         noise: Kinds of noise and their shares of the images, pairs or a dict.
-        sigma: Lowest and highest strength of noise on the 0-255 scale; drawn evenly, that of camera noise
-            on a logarithmic scale and within CAMERA_SIGMA.
+        sigma: Lowest and highest strength of noise on the 0-255 scale, as `training_pair` takes it.
     """
 
     def __init__(self, images, batch_size, seed=0, noise=(("white", 1.0),), sigma=(0, 75)):
@@ -1053,23 +1077,16 @@ class Batches(keras.utils.PyDataset):
         batch[mirrored] = batch[mirrored, :, ::-1]
         shares = np.array(list(self.noise.values()))
         kinds = rng.choice(list(self.noise), len(batch), p=shares / shares.sum())
-        at = rng.random((len(batch), 1, 1, 1))  # in the range of strengths
-        sigma = self.sigma[0] + at * (self.sigma[1] - self.sigma[0])
-        batch[kinds == "grey"] = clean_of(batch[kinds == "grey"], "grey")
+        at = rng.random((len(batch), 1, 1, 1))
         clean = to_float(batch)
-        noisy = clean.copy()
+        noisy, sigma = clean.copy(), np.zeros(at.shape, np.float32)
         for kind in self.noise:
             chosen = kinds == kind
-            if kind == "white" or not chosen.any():
-                continue
-            strength = sigma[chosen]
-            if kind == "camera":
-                clean[chosen] = without_grain(clean[chosen])
-                low, high = np.clip(self.sigma, *CAMERA_SIGMA)
-                strength = low * (high / low) ** at[chosen]
-            noisy[chosen] = NOISE_KINDS[kind](clean[chosen], strength, rng)
-            sigma[chosen] = 0
-        return (noisy, (sigma / 255).astype(np.float32)), clean
+            if kind == "white":
+                sigma[chosen] = (self.sigma[0] + at[chosen] * (self.sigma[1] - self.sigma[0])) / 255
+            elif chosen.any():
+                noisy[chosen], clean[chosen] = training_pair(batch[chosen], kind, at[chosen], self.sigma, rng)
+        return (noisy, sigma), clean
 
     def take(self, index):
         """Indices of the images of a batch, and a copy of these images."""
@@ -1135,8 +1152,7 @@ def show_samples(data, path, count=8):
     for sigma in SIGMAS:
         noisy = to_uint8(add_noise(clean, sigma))
         rows.append((f"sigma {sigma}", noisy, [f"{value:.1f} dB" for value in psnr(clean, noisy)]))
-    with atomic(path) as temporary:
-        save_figure(rows_figure(rows, f"{data.name}: test images and the noise added to them"), temporary)
+    save_figure(rows_figure(rows, f"{data.name}: test images and the noise added to them"), path)
 
 
 def main(argv=None):

@@ -38,24 +38,6 @@ sides = st.integers(1, 60)
 pictures = arrays(np.uint8, array_shapes(min_dims=3, max_dims=3, max_side=12).map(lambda shape: (2, *shape)))
 
 
-def test_noise_has_the_asked_deviation_and_no_bias():
-    images = np.full((50, 32, 32, 3), 128, np.uint8)
-    for sigma in (1, 25, 75):
-        noise = (add_noise(images, sigma) - np.float32(128 / 255)) * 255
-        # 153,600 values: the mean's standard error is sigma / 392, the deviation's sigma / 554
-        assert abs(noise.mean()) < 4 * sigma / 392
-        assert abs(noise.std() - sigma) < 4 * sigma / 554
-
-
-def test_noise_is_white_and_not_clipped():
-    noisy = add_noise(np.zeros((20, 32, 32, 3), np.uint8), 50)
-    assert noisy.dtype == np.float32
-    assert 0.49 < (noisy < 0).mean() < 0.51
-    for axis in (0, 1, 2, 3):  # neighbours along no axis are correlated
-        shifted = np.roll(noisy, 1, axis)
-        assert abs(np.corrcoef(noisy.ravel(), shifted.ravel())[0, 1]) < 4 / np.sqrt(noisy.size)
-
-
 @given(pictures, sigmas, seeds)
 def test_noise_is_that_of_its_seed_and_sigma(clean, sigma, seed):
     for rng, noise_seed in ((None, 0), (np.random.default_rng(seed), seed)):  # by default the protocol's
@@ -73,16 +55,9 @@ def test_noise_without_sigma_is_none_and_scales_with_it(clean, sigma):
     np.testing.assert_allclose(noise, unit * np.reshape(sigma, (2, 1, 1, 1)), atol=1e-3)
 
 
-def test_noise_piece_by_piece_is_the_noise_of_the_whole():
-    images = random_images(10, 8, 8, 3)
-    rng = np.random.default_rng(0)
-    pieces = [add_noise(part, 25, rng) for part in (images[:3], images[3:4], images[4:])]
-    np.testing.assert_array_equal(np.concatenate(pieces), add_noise(images, 25))
-
-
-def test_noise_of_one_sigma_for_each_image():
-    noise = add_noise(np.zeros((3, 64, 64, 3), np.uint8), [0, 10, 50]).std(axis=(1, 2, 3)) * 255
-    np.testing.assert_allclose(noise, [0, 10, 50], rtol=0.03)
+def test_noise_is_not_clipped_and_sigma_not_negative():
+    noisy = add_noise(np.zeros((20, 32, 32, 3), np.uint8), 50)
+    assert 0.49 < (noisy < 0).mean() < 0.51
     with pytest.raises(ValueError, match="sigma must not be negative"):
         add_noise(np.zeros((1, 2, 2, 3), np.uint8), -1)
 
@@ -437,18 +412,6 @@ def test_batches_cover_an_epoch_once_and_mirror_some():
         mirrored += (pixels[:, 0, -1, 0] >= 100).sum()
     assert len(set(seen)) == 9
     assert 0 < mirrored < 9
-
-
-def test_batches_depend_on_seed_and_epoch_alone():
-    images = random_images(12, 4, 4, 3)
-    one, other = Batches(images, 4, seed=1), Batches(images, 4, seed=1)
-    one.go_to(2)
-    other.go_to(2)
-    for ours, theirs in zip(one[1][0], other[1][0], strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    other.go_to(3)
-    assert not np.array_equal(one[1][1], other[1][1])
-    assert len(Batches(images, 100)) == 1
 
 
 def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):

@@ -43,10 +43,9 @@ def channels(noise):
     return np.corrcoef(noise.reshape(-1, 3).T)[np.triu_indices(3, 1)]
 
 
-def test_kinds_are_those_of_the_contract_and_defined():
+def test_kinds_are_those_of_the_contract():
     contract = {"white", "grey", "jpeg", "camera", "correlated", "poisson", "speckle", "varying", "impulse"}
     assert set(NOISE_KINDS) == contract | {"uniform"}
-    assert all(function.__doc__ for function in NOISE_KINDS.values())
 
 
 @pytest.mark.parametrize("kind", NOISE_KINDS)
@@ -136,11 +135,11 @@ def test_correlated_noise_differs_in_grain_and_colour_but_not_in_strength():
     assert noise.std(axis=(1, 2, 3)) == pytest.approx(25, rel=0.15)
 
 
-@pytest.mark.parametrize("radius", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("radius", [1.0, 2.0])
 def test_low_pass_is_a_gaussian_filter(radius):
     noise = np.random.default_rng(0).standard_normal((1, 64, 48, 2), np.float32)
-    expected = gaussian_filter(noise, (0, 1, 1, 0), mode="wrap")
-    np.testing.assert_allclose(load_data.low_pass(noise, 1.0), expected, atol=1e-2)
+    expected = gaussian_filter(noise, (0, radius, radius, 0), mode="wrap")
+    np.testing.assert_allclose(load_data.low_pass(noise, radius), expected, atol=1e-2)
     kept = load_data.low_pass(noise, np.full((1, 1, 1, 1), radius), keep_variance=True)
     assert neighbours(kept) == pytest.approx(np.exp(-1 / (4 * radius**2)), abs=0.08)
 
@@ -302,9 +301,10 @@ def test_strength_of_camera_noise_is_logarithmic_and_within_its_range(monkeypatc
     strengths = []
     monkeypatch.setitem(NOISE_KINDS, "camera", lambda images, sigma, rng: strengths.append(sigma) or images)
     Batches(np.zeros((2000, 2, 2, 3), np.uint8), 2000, noise={"camera": 1.0})[0]
-    low, high = CAMERA_SIGMA
-    assert low <= strengths[0].min() and strengths[0].max() <= high
-    assert np.median(strengths[0]) == pytest.approx(np.sqrt(low * high), rel=0.1)
+    (low, high), drawn = CAMERA_SIGMA, strengths[0]
+    assert (drawn == 0).mean() == pytest.approx(load_data.NOISELESS, abs=0.03)
+    assert low <= drawn[drawn > 0].min() and drawn.max() <= high
+    assert np.median(drawn[drawn > 0]) == pytest.approx(np.sqrt(low * high), rel=0.1)
 
 
 def test_grainy_images_are_halved_and_mirrored():
@@ -317,11 +317,13 @@ def test_grainy_images_are_halved_and_mirrored():
     np.testing.assert_allclose(halved[:, 3, 5], grainy[:, 6:8, 10:12].mean(axis=(1, 2)), atol=1e-6)
     np.testing.assert_array_equal(halved, halved[:, ::-1])
     np.testing.assert_array_equal(halved, halved[:, :, ::-1])
+    texture = rng.random((2, 16, 16, 3), np.float32)  # everywhere, and too strong for grain
+    np.testing.assert_array_equal(load_data.without_grain(texture), texture)
 
 
 def test_only_images_with_camera_noise_are_halved(monkeypatch):
     monkeypatch.setitem(NOISE_KINDS, "camera", lambda images, sigma, rng: images)
-    images = np.random.default_rng(0).integers(60, 196, (40, 8, 8, 3), np.uint8)
+    images = to_uint8(0.5 + np.random.default_rng(0).normal(0, 2 / 255, (40, 8, 8, 3)))
     (noisy, sigma), clean = Batches(images, 40, noise={"camera": 0.5, "white": 0.5})[0]
     np.testing.assert_array_equal(noisy, clean)
     mirrored = (clean == clean[:, ::-1]).all(axis=(1, 2, 3))
