@@ -2,11 +2,11 @@
 
     python tests/benchmark_speed.py
 
-Prints megapixels per second of the verb `denoise` for every autoencoder in `models/`, and for the colour
-network of Zhang, Zuo, Zhang, "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image Denoising",
-2018: twelve 3x3 convolutions of 96 filters at half resolution, with random weights, in the same framework and
-by the same tiles. Then the same for a window of the picture, without tiles: the two ratios differ by what the
-overlap of tiles costs, which is as wide as the receptive field.
+Prints megapixels per second of the verb `denoise` for every autoencoder in `models/`, in both precisions, and
+for the colour network of Zhang, Zuo, Zhang, "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image
+Denoising", 2018: twelve 3x3 convolutions of 96 filters at half resolution, with random weights, in the same
+framework and precision and by the same tiles. Then the same for a window of the picture, without tiles: the
+two ratios differ by what the overlap of tiles costs, which is as wide as the receptive field.
 """
 
 import sys
@@ -25,40 +25,43 @@ from keras import layers
 SIDE = 1536
 WINDOW = 1024
 ROUNDS = 3
+PRECISIONS = ("float32", "mixed_bfloat16")
+PEER = "FFDNet's shape"
 
 
-def ffdnet(filters=96, convolutions=12):
+def ffdnet(precision, filters=96, convolutions=12):
     """Network of FFDNet's shape, whose cells of 2x2 pixels have 12 channels and 3 of the noise map."""
     image = keras.Input((None, None, 3))
-    x = layers.Conv2D(15, 2, strides=2)(image)
+    x = layers.Conv2D(15, 2, strides=2, dtype=precision)(image)
     for _ in range(convolutions - 1):
-        x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
-    x = layers.Conv2D(12, 3, padding="same")(x)
+        x = layers.Conv2D(filters, 3, padding="same", activation="relu", dtype=precision)(x)
+    x = layers.Conv2D(12, 3, padding="same", dtype=precision)(x)
     return keras.Model(image, layers.Conv2DTranspose(3, 2, strides=2)(x))
 
 
 def main():
-    models = {"FFDNet's shape": ffdnet()}
+    models = {(PEER, precision): ffdnet(precision) for precision in PRECISIONS}
     for name in util.saved_runs(util.HERE, "autoencoder"):
-        models[name] = util.load_model(util.HERE, name, "autoencoder")
+        for precision in PRECISIONS:
+            models[name, precision] = util.load_model(util.HERE, name, "autoencoder", precision)
     picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     window = picture[None, :WINDOW, :WINDOW] / np.float32(255)
     ways = {
         "": (SIDE, lambda model: util.denoise_picture(model, picture)),
         "window, ": (WINDOW, lambda model: model.predict_on_batch(window)),
     }
-    seconds = {(way, label): [] for way in ways for label in models}
+    seconds = {(way, *key): [] for way in ways for key in models}
     for _ in range(1 + ROUNDS):  # the first one compiles; taken in turns, since other work comes and goes
-        for (way, label), times in seconds.items():
+        for (way, *key), times in seconds.items():
             started = time.perf_counter()
-            ways[way][1](models[label])
+            ways[way][1](models[tuple(key)])
             times.append(time.perf_counter() - started)
     rows = []
-    for label, model in models.items():
+    for (label, precision), model in models.items():
         millions = simple.multiply_accumulates(model, (32, 32, 3)) / 1e6
-        rows.append({"model": label, "million multiply-accumulates, 32x32": millions})
+        rows.append({"model": label, "precision": precision, "million multiply-accumulates, 32x32": millions})
         for way, (side, _) in ways.items():
-            fastest, peer = (min(seconds[way, name][1:]) for name in (label, "FFDNet's shape"))
+            fastest, peer = (min(seconds[way, name, precision][1:]) for name in (label, PEER))
             rows[-1] |= {f"{way}megapixels/s": side**2 / 1e6 / fastest, f"{way}ratio": peer / fastest}
     sizes = f"A picture of {SIDE}x{SIDE}, a window of {WINDOW}x{WINDOW}"
     print(f"{sizes}, best of {ROUNDS} rounds; {util.environment()['hardware']}")
