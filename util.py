@@ -168,18 +168,20 @@ def parse_resumable(parser, train, argv, default_name):
         join_processes()
     if args.verb == "train" and args.resume:
         resumed = None if processes()[0] else resumed_arguments(args.out, args.name)
-        train.set_defaults(**told_by_first(resumed))
+        train.set_defaults(**broadcast_json(resumed))
         args = parser.parse_args([*argv, "--name", args.name])
-    check_alike({f"--{key.replace('_', '-')}": value for key, value in recorded_arguments(args).items()})
+    check_same_settings(
+        {f"--{key.replace('_', '-')}": value for key, value in recorded_arguments(args).items()}
+    )
     return args
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the defaults of options that have one and whose help does not tell it."""
+    """Adds the default to an option's help, unless there is none or the help names it."""
 
     def _get_help_string(self, action):
-        told = action.default is None or action.default is False or "(default" in action.help
-        return action.help if told else super()._get_help_string(action)
+        plain = action.default is None or action.default is False or "(default" in action.help
+        return action.help if plain else super()._get_help_string(action)
 
 
 def verb_parser(argv, verbs, description):
@@ -239,16 +241,16 @@ def progress(total, label):
         Function to call with how much more is done.
     """
     bar = keras.utils.Progbar(total) if sys.stdout.isatty() else None
-    done, told = 0, time.monotonic()
+    done, reported = 0, time.monotonic()
 
     def advance(count=1):
-        nonlocal done, told
+        nonlocal done, reported
         done += count
         if bar:
             bar.update(done)
-        elif done >= total or time.monotonic() - told >= 10:
+        elif done >= total or time.monotonic() - reported >= 10:
             print(f"{label}: {done:,} of {total:,}", flush=True)
-            told = time.monotonic()
+            reported = time.monotonic()
 
     return advance
 
@@ -369,7 +371,7 @@ def publishing(out, name):
     Yields:
         Folder to write to as if it were `out`.
     """
-    part_processes()
+    end_joint_training()
     publish(out, name)
     draft = Path(out) / "logs" / f".{name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -563,7 +565,7 @@ def read_record(out, name):
         record = _read_dict(path)
     except FileNotFoundError:
         return {}
-    sections = ("files", "data", "arguments", "evaluation", "costs", "posterior")
+    sections = ("files", "data", "arguments", "evaluation", "posterior")
     valid = record is not None and all(isinstance(record.get(section, {}), dict) for section in sections)
     if valid:  # what becomes a part of paths and of shapes
         size = record.get("arguments", {}).get("size")
@@ -1003,7 +1005,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
 
 @functools.lru_cache(maxsize=8)
 def _drawing_model(encoder, decoder):
-    """Model of all that a draw depends on, the detail codes among it."""
+    """Encoder and decoder joined, to find how far a draw looks."""
     return keras.Model(encoder.input, decode(decoder, split_codes(encoder.outputs)[0]))
 
 
@@ -1265,7 +1267,7 @@ def join_processes():
         raise ModelError(f"{jax.device_count()} devices: {count} processes need as many each")
 
 
-def part_processes():
+def end_joint_training():
     """End the joint work of several processes: the first goes on alone, the others end well."""
     _disconnect()
     if processes()[0]:
@@ -1277,7 +1279,7 @@ def _disconnect():
     if processes()[1] > 1:
         import jax
 
-        told_by_first(None)
+        broadcast_json(None)
         jax.distributed.shutdown()
 
 
@@ -1294,7 +1296,7 @@ def _together():
         ) from None
 
 
-def from_first(arrays):
+def broadcast(arrays):
     """Arrays, as the first of several processes has them; their shapes are alike in all."""
     if processes()[1] == 1:
         return arrays
@@ -1304,20 +1306,20 @@ def from_first(arrays):
         return multihost_utils.broadcast_one_to_all(arrays)
 
 
-def told_by_first(value):
+def broadcast_json(value):
     """Anything that JSON holds, as the first of several processes has it."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    return json.loads(bytes(from_first(np.resize(text, int(from_first(np.int32(len(text))))))))
+    return json.loads(bytes(broadcast(np.resize(text, int(broadcast(np.int32(len(text))))))))
 
 
-def check_alike(values):
-    """Find out before gloo or NCCL aborts, or replicas part, whether several processes fit together.
+def check_same_settings(values):
+    """Check that all processes have the same settings, before gloo or NCCL aborts or replicas differ.
 
     Args:
-        values: Dict by what they are called of what must be alike in all processes.
+        values: Dict by name.
 
     Raises:
-        ModelError: they are not, told by every process.
+        ModelError: they differ; every process reports it.
     """
     if processes()[1] == 1:
         return
@@ -1370,7 +1372,7 @@ def _on_all_devices(model, batches, validation):
     images = len(keras.tree.flatten(validation)[0])
     used = max(n for n in range(1, len(devices) + 1) if size % n == 0 and n <= images)
     shapes = [(variable.path, variable.shape) for variable in model.variables]
-    check_alike({"data or batch size": (len(batches), size), "weights": shapes})
+    check_same_settings({"data or batch size": (len(batches), size), "weights": shapes})
     if count > 1 and used < len(devices):
         _disconnect()
         raise ModelError(f"--batch-size {size}: not a multiple of the {len(devices)} devices; choose another")
@@ -1388,7 +1390,7 @@ def _on_all_devices(model, batches, validation):
     fed["validation_batch_size"] = max(1, 250 // used) * used // count
     parallel = keras.distribution.DataParallel(devices=devices[:used], auto_shard_dataset=False)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
-    for variable, value in zip(variables, from_first([np.asarray(v.value) for v in variables]), strict=True):
+    for variable, value in zip(variables, broadcast([np.asarray(v.value) for v in variables]), strict=True):
         layout = parallel.get_variable_layout(variable)
         variable.assign(keras.distribution.distribute_tensor(value, layout))
     with parallel.scope():
@@ -1452,7 +1454,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     checkpoint = Checkpoint(folder / stage, monitor)
     checkpoint.set_model(model)
     checkpoint.restore()
-    checkpoint.rows = told_by_first(checkpoint.rows)
+    checkpoint.rows = broadcast_json(checkpoint.rows)
     # the checkpoint comes last, when all else of the epoch is on disk
     callbacks = [
         keras.callbacks.TerminateOnNaN(raise_error=True),
@@ -1480,7 +1482,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
     if not processes()[0]:
         model.load_weights(checkpoint.best_path)
-    model.set_weights(from_first(model.get_weights()))
+    model.set_weights(broadcast(model.get_weights()))
     return checkpoint.rows
 
 
@@ -1586,7 +1588,8 @@ def history_figure(rows, names, title=""):
 
 def save_figure(figure, path):
     """Write a matplotlib figure as PNG."""
-    figure.savefig(path, dpi=120)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def save_gif(figures, path):
@@ -1647,7 +1650,7 @@ def encode(encoder, images, pooling=0):
 class _Sink(io.FileIO):
     """File for `h5py` to stream to; `check` and `close` raise what went wrong.
 
-    HDF5 crashes the process when it cannot write, as on a full disk, so it is told that it could.
+    HDF5 crashes the process when it cannot write, as on a full disk, so it never learns that it could not.
     """
 
     error = None

@@ -123,8 +123,7 @@ def main(argv=None):
     figure.axes[0].set_xticks(args.limits, args.limits)
     figure.axes[0].minorticks_off()
     path = args.out / "figures/benchmark_data.png"
-    with util.atomic(path) as temporary:
-        util.save_figure(figure, temporary)
+    util.save_figure(figure, path)
     print(f"Written: {path}")
 
 

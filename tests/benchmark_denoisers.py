@@ -174,8 +174,7 @@ def write_figures(out, figures):
     """Write figures, a dict by name, to `figures/benchmark_NAME.png` in the folder `out`."""
     for name, figure in figures.items():
         path = out / f"figures/benchmark_{name}.png"
-        with util.atomic(path) as temporary:
-            util.save_figure(figure, temporary)
+        util.save_figure(figure, path)
         print(f"Written: {path}")
 
 
