@@ -50,7 +50,7 @@ ROUNDS = len(ENLARGED)
 EPOCHS = 45  # of all rounds together
 BATCH_SIZE = 500
 LEARNING_RATE = 0.12  # share of its norm that the first step turns a kernel by
-LATER_ROUNDS = 0.5  # share of the learning rate that they begin with
+LATER_ROUNDS_RATE = 0.5  # share of the learning rate that they begin with
 MOMENTUM = 0.6
 ADAM_SHARE = 0.015  # of the learning rate, for all that is no kernel
 LABEL_SMOOTHING = 0.1
@@ -235,7 +235,7 @@ def train_round(model, batches, validation, args, number):
     """
     epochs, epochs_before = (args.epochs * n // args.rounds for n in (number, number - 1))
     epochs -= epochs_before
-    rate = args.learning_rate * (1 if number == 1 else LATER_ROUNDS)
+    rate = args.learning_rate * (1 if number == 1 else LATER_ROUNDS_RATE)
     model.compile(
         optimizer=build_optimizer(rate, epochs * len(batches)),
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING),
@@ -410,8 +410,8 @@ def evaluate(draft, args, model, denoisers, data, represent):
         pairs = confused_pairs(labels, predicted, data.class_names)
         title = kind if kind == "clean" else f"{kind}, sigma {sigma}"
         title += f", by {source}" if kind == "denoised" else ""
-        told = ", ".join(f"{true} for {other} {share:.1f} %" for share, true, other in pairs)
-        print(f"most confused, {title}: {told or 'none'}")
+        mistakes = ", ".join(f"{true} for {other} {share:.1f} %" for share, true, other in pairs)
+        print(f"most confused, {title}: {mistakes or 'none'}")
         figures[f"{kind}_confusion"] = confusion_figure(labels, predicted, data.class_names, title)
     for kind, figure in figures.items():
         util.save_figure(figure, draft / f"figures/{args.name}_{kind}.png")

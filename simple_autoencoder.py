@@ -43,6 +43,7 @@ from load_data import (
     parse_noise,
     read_picture,
     read_pixels,
+    training_pair,
     write_pixels,
 )
 
@@ -71,7 +72,7 @@ WARMUP_STEPS = 500  # and at most a tenth of the training
 CLIP_NORM = 0.5  # without it the first steps can destroy the identity that the model starts as
 KL_WEIGHT = 1e-3
 DETAIL_KL_WEIGHT, DETAIL_LEARNING_RATE = 1e-3, 1e-3
-CRPS_WEIGHTS = {1: 1.6, 2: 1.7, 4: 2.8, 8: 4.8}  # of the means of blocks, by side in pixels
+CRPS_WEIGHTS = {1: 1.6, 2: 1.7, 4: 2.8, 8: 4.8}  # by side of a block: each adds about as much to the loss
 SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_LEVEL = 1 / 255
 VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
@@ -83,14 +84,14 @@ SHOWN_SIGMA = 50
 GIF_FRAMES = 50  # at most
 SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
-POSTERIOR_IMAGES, POSTERIOR_SAMPLES = 250, 64
+POSTERIOR_PIXELS, POSTERIOR_SAMPLES = 256_000, 64  # pixels of 250 images of CIFAR-10
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
 INTERVALS = {0.5: 0.6745, 0.9: 1.645}  # half the width of a Gaussian's central intervals, in deviations
 SHOWN_DRAWS = 3
 FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
-PHOTOGRAPHS = "photographs"  # data set whose model denoises them, where it is saved
+PHOTOGRAPHS_RUN = "stacked_photographs"  # whose model denoises them
 DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
 
 
@@ -138,7 +139,7 @@ def build_decoder(filters=FILTERS, blocks=DECODER_BLOCKS, latent_dim=LATENT_DIM)
 
 
 def detail_features(noisy, mean, filters, blocks, name="detail"):
-    """What the deviation of a detail code is told from: the image that it is about, and the mean of z."""
+    """Features that predict a detail code's variance, from the level's input and the mean of its z."""
     x = layers.Conv2D(filters, 2, strides=2, name=f"{name}_to_cells")(noisy)
     x = layers.Conv2D(filters, 1, name=f"{name}_mix")(layers.Concatenate(name=f"{name}_input")([x, mean]))
     return residual_blocks(x, filters, blocks, f"{name}_encoder")
@@ -233,8 +234,9 @@ class DenoisingVAE(keras.Model):
 
     The first term is the negative log-likelihood of a Gaussian decoder with the best variance for each image
     (optimal sigma-VAE: Rybkin, Daniilidis, Levine, "Simple and Effective VAE Training with Calibrated
-    Decoders", ICML 2021). It values a decibel alike at every sigma, where a plain MSE would hear little but
-    the strongest noise. g keeps images without noise from outweighing the rest.
+    Decoders", ICML 2021). A decibel counts alike at every sigma, where a plain MSE would be ruled by the
+    strongest noise. g keeps images without noise from outweighing the rest. With a kl_weight far below 1 this
+    is a beta-VAE (Higgins et al., ICLR 2017) on the side of reconstruction, not a bound of the likelihood.
 
     Args:
         encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
@@ -284,25 +286,26 @@ class DenoisingVAE(keras.Model):
 class DetailVAE(DenoisingVAE):
     """Trains the detail code, so that decoded draws are the clean images that may have been.
 
-    A clean image is taken for `decoder(z_mean) + detail_decoder(d)` with d from N(0, s(x)^2), s(x)^2 what the
-    detail encoder makes of the noisy image x and z_mean. Encoder and decoder of z are frozen: they give the
-    mean, which no draw improves. The loss of an image is
+    A draw is `decoder(z_mean) + detail_decoder(d)` with d from N(0, s(x)^2), where the detail encoder
+    predicts s(x)^2 from the noisy image x and z_mean. Encoder and decoder of z are frozen: they give the
+    mean, which no draw improves. (z is sampled, too, when draws are measured; its deviation is small.) The
+    loss of an image is
 
         w(sigma) * sum over k of v_k * CRPS_k + kl_weight * KL(N(0, s(x)^2) || N(0, I)).
 
-    Of the ELBO it keeps the KL term, which keeps draws of d near the prior where the image does not ask for
-    less. The likelihood of the clean image y is replaced by a score of draws, since a Gaussian likelihood of
-    single pixels would know nothing of how they hang together. For two independent draws a and b,
+    From the ELBO it keeps the KL term, which keeps d near the prior unless the image says more. The
+    likelihood of the clean image y is replaced by a score of draws, since a Gaussian likelihood of single
+    pixels ignores how their errors correlate. For two independent draws a and b,
 
         CRPS = 1/2 (|a - y| + |b - y|) - 1/2 |a - b|
 
-    is an unbiased estimate of the continuous ranked probability score, whose expectation the true
-    distribution alone makes smallest (it is strictly proper: Gneiting, Raftery, "Strictly Proper Scoring
-    Rules, Prediction, and Estimation", 2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS",
-    2024). It is unbiased with two draws, therefore two suffice: more only lower its variance, as more images
-    do. CRPS_k scores the means of blocks of k x k pixels, so that neighbours deviate together as errors do.
-    w(sigma), about one over the error to expect, values all noise levels alike; it depends on the noise
-    alone, since weights that depend on the clean image would favour wrong distributions.
+    is an unbiased estimate of the continuous ranked probability score. The score is strictly proper: only
+    the true distribution minimizes its expectation (Gneiting, Raftery, "Strictly Proper Scoring Rules,
+    Prediction, and Estimation", 2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS", 2024).
+    Being unbiased, two draws suffice: more would only lower the variance, as more images do. CRPS_k scores
+    the means of k x k pixels, so that the draws' neighbours deviate together, as errors do. w(sigma) is
+    proportional to one over the expected error, so that all noise levels count alike. Weights that depend on
+    the clean image would favour wrong distributions; sigma, the root mean square of x - y, hardly does.
 
     Args:
         encoder: Trained: noisy images to [z_mean, z_log_var] of each level, one after another.
@@ -336,7 +339,7 @@ class DetailVAE(DenoisingVAE):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         denoised, noisy, draws, log_vars = y_pred
         sigma = ops.sqrt(ops.mean(ops.square(noisy - y), axis=(1, 2, 3), keepdims=True))
-        weight = 1 / ops.maximum(2 * GREY_LEVEL, 0.25 * ops.sqrt(8 * GREY_LEVEL * sigma))
+        weight = 1 / ops.maximum(2 * GREY_LEVEL, ops.sqrt(GREY_LEVEL * sigma / 2))
         values = ops.cast(ops.prod(ops.shape(y)[1:]), "float32")
         kl = sum(kl_divergence(0.0, log_var) for log_var in log_vars) / values
         loss = self.kl_weight * ops.mean(kl)
@@ -424,17 +427,16 @@ def whole_cells(images, cell):
 def validation_pair(clean, args):
     """Noisy and clean validation images, float32, always the same.
 
-    Their kinds of noise are those of the training, the sigmas spread evenly over its range.
+    Their kinds of noise are those of the training, their strengths spread evenly over its range.
     """
     rng = np.random.default_rng(VALIDATION_NOISE_SEED)
-    sigma = np.linspace(*args.sigma, len(clean))
+    at = np.linspace(0, 1, len(clean)).reshape(-1, 1, 1, 1)
     order = rng.permutation(len(clean)) if len(args.noise) > 1 else np.arange(len(clean))
     bounds = np.round(np.cumsum(list(args.noise.values()))[:-1] * len(clean)).astype(int)
-    noisy, target = np.empty(clean.shape, np.float32), np.array(clean)
+    noisy, target = np.empty((2, *clean.shape), np.float32)
     for kind, chosen in zip(args.noise, np.split(order, bounds), strict=True):
-        noisy[chosen] = add_noise(clean[chosen], sigma[chosen], rng, kind)
-        target[chosen] = clean_of(clean[chosen], kind)
-    return noisy, util.to_float(target)
+        noisy[chosen], target[chosen] = training_pair(clean[chosen], kind, at[chosen], args.sigma, rng)
+    return noisy, target
 
 
 def gif_images(data, cell):
@@ -562,8 +564,8 @@ def evaluate(denoisers, clean, sigmas=SIGMAS, kind="white"):
     return table
 
 
-def without_sigma(models):
-    """Saved autoencoders by label as what `evaluate` measures; nobody tells them sigma."""
+def blind(models):
+    """Saved autoencoders by label as what `evaluate` measures; sigma is not an input of theirs."""
     return {
         label: lambda noisy, sigma, model=model: util.denoise(model, noisy) for label, model in models.items()
     }
@@ -583,7 +585,7 @@ def reconstruction_figure(models, clean, sigmas=(25, 50)):
 
 def sweep_figure(models, clean):
     """PSNR and SSIM against sigma of the noisy images and of each model's output."""
-    table = evaluate(without_sigma(models), clean, SWEEP)
+    table = evaluate(blind(models), clean, SWEEP)
     panels = []
     for measure in ("PSNR", "SSIM"):
         keys = [key for key in table[0] if key.endswith(measure)]
@@ -593,7 +595,7 @@ def sweep_figure(models, clean):
 
 
 def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=TEST_NOISE_SEED):
-    """Images decoded from draws of the posterior.
+    """Images decoded from the mean of the posterior and from draws of it.
 
     Args:
         encoder, decoder: Saved models.
@@ -602,14 +604,15 @@ def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=TEST_
         seed: Of the draws.
 
     Returns:
-        float32 array (samples, N, H, W, 3), nominally in [0, 1].
+        float32 arrays (N, H, W, 3) and (samples, N, H, W, 3), nominally in [0, 1].
     """
     rng = np.random.default_rng(seed)
     outputs = encoder.predict(noisy, verbose=0)
     means, _ = util.split_codes(outputs)
     noise = [rng.standard_normal((samples, *mean.shape), np.float32) for mean in means]
     codes = [code.reshape(-1, *code.shape[2:]) for code in util.sample_codes(outputs, noise)]
-    return util.decode_arrays(decoder, codes).reshape(samples, *noisy.shape)
+    draws = util.decode_arrays(decoder, codes).reshape(samples, *noisy.shape)
+    return util.decode_arrays(decoder, means), draws
 
 
 def block_means(images, side):
@@ -637,9 +640,9 @@ def compare_draws(clean, draws):
     # the mean distance of two different draws, from their order
     ranks = np.arange(1 - samples, samples, 2) / (samples * (samples - 1))
     distance = 2 * np.tensordot(ranks.astype(np.float32), np.sort(draws, axis=0), 1)
-    spread = np.sqrt(np.square(error).mean(axis=(1, 2, 3), keepdims=True))
-    x = error / spread
-    gaussian = spread * (x * (2 * norm.cdf(x) - 1) + 2 * norm.pdf(x) - 1 / math.sqrt(math.pi))
+    rmse = np.sqrt(np.square(error).mean(axis=(1, 2, 3), keepdims=True))
+    x = error / rmse
+    gaussian = rmse * (x * (2 * norm.cdf(x) - 1) + 2 * norm.pdf(x) - 1 / math.sqrt(math.pi))
     compared = {
         "error": error,
         "deviation": draws.std(axis=0, ddof=1),
@@ -671,9 +674,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
     for start in range(0, len(clean), at_once):
         images = clean[start : start + at_once]
         noisy = add_noise(images, sigma, rng)
-        draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
-        means, _ = util.split_codes(encoder.predict(noisy, verbose=0))
-        mean = util.decode_arrays(decoder, means)
+        mean, draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
         measured = {
             side: compare_draws(block_means(util.to_float(images), side), block_means(draws, side))
             for side in CRPS_WEIGHTS
@@ -711,13 +712,13 @@ def calibration_rows(measured, sigma):
 
 
 def quality_row(measured, sigma):
-    """PSNR of what is decoded, and how well it is foretold; `measured` by `measure_posterior`."""
+    """PSNR of what is decoded, and how well it is predicted; `measured` by `measure_posterior`."""
     labels = ("posterior mean", "mean of draws", "one draw")
     psnr = {f"{label} PSNR": float(measured[label].mean()) for label in labels}
     true, expected = measured["posterior mean"], measured["expected"]
-    foretold = {"expected PSNR": float(expected.mean())}
-    foretold["correlation"] = float(np.corrcoef(true, expected)[0, 1])
-    return {"sigma": sigma} | psnr | foretold
+    predicted = {"expected PSNR": float(expected.mean())}
+    predicted["correlation"] = float(np.corrcoef(true, expected)[0, 1])
+    return {"sigma": sigma} | psnr | predicted
 
 
 def code_rows(encoder, clean, sigma=SHOWN_SIGMA):
@@ -749,9 +750,7 @@ def posterior_figure(encoder, decoder, clean, posterior, sigma=SHOWN_SIGMA):
     """
     clean = whole_cells(clean, util.stride(encoder))
     noisy = add_noise(clean, sigma)
-    means, _ = util.split_codes(encoder.predict(noisy, verbose=0))
-    mean = util.decode_arrays(decoder, means)
-    draws = decoded_draws(encoder, decoder, noisy)
+    mean, draws = decoded_draws(encoder, decoder, noisy)
     deviation = 255 * np.sqrt(np.square(draws - mean).mean(axis=(0, -1)))
     error = 255 * np.sqrt(np.square(mean - util.to_float(clean)).mean(axis=-1))
     shown = {f"noisy, sigma {sigma}": util.to_uint8(noisy), "mean": util.to_uint8(mean)}
@@ -766,7 +765,10 @@ def posterior_figure(encoder, decoder, clean, posterior, sigma=SHOWN_SIGMA):
     left, right = figure.subfigures(1, 2, width_ratios=(1.35 * SHOWN, 4.8))
     title = "Draws of the codes; deviation and error in grey levels, on one scale of colours"
     util.rows_figure([*rows, ("clean", clean, None)], title, figure=left)
-    util.curves_figure(calibration_panels(posterior[sigma]), f"All test images, sigma {sigma}", figure=right)
+    measured = posterior[sigma]
+    title = f"{len(measured['expected'])} test images, sigma {sigma}"
+    util.curves_figure(calibration_panels(measured), title, figure=right)
+    right.axes[1].set_ylim(bottom=0)  # else chance would look like a misfit
     return figure
 
 
@@ -788,7 +790,7 @@ def calibration_panels(measured, bins=13):
         histogram[label] = (edges[:-1] + edges[1:]) / 2 / samples, density
     reliability["calibrated"], histogram["calibrated"] = (shares, shares), ((0, 1), (1, 1))
     return [
-        ("central interval of draws", "share of true values in it", reliability),
+        ("central interval of a Gaussian fitted to draws", "share of true values in it", reliability),
         ("share of draws below the truth", "density", histogram),
     ]
 
@@ -845,8 +847,8 @@ def read_frame(path):
     try:
         return np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        told = f"{path}: damaged ({util.first_line(error)}); delete it and go on with --resume"
-        raise util.ModelError(told) from None
+        message = f"{path}: damaged ({util.first_line(error)}); delete it and go on with --resume"
+        raise util.ModelError(message) from None
 
 
 def write_gifs(draft, name, folder, clean, noisy):
@@ -932,25 +934,27 @@ def evaluation(models, encoder, decoder, data, count):
     Returns:
         The tables, as a part of the run record, and what `measure_posterior` returns for each sigma.
     """
+
+    def described(images):
+        return f"{data.name}, {len(images)} images of {images.shape[2]}x{images.shape[1]}"
+
     clean = data.sample("test", count)
     costs = [{"model": label} | cost(model) for label, model in models.items()]
     print(util.format_table(costs))
-    table = evaluate(without_sigma(models), clean)
+    table = evaluate(blind(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
     print(util.format_table(table), flush=True)
-    key = f"{data.name}, {len(clean)} images of {clean.shape[2]}x{clean.shape[1]}"
-    clean = clean[:POSTERIOR_IMAGES]
-    told = f"{POSTERIOR_SAMPLES} draws of each of the first {len(clean):,}"
-    print(f"{told}, at single pixels and means of blocks, CRPS in grey levels:", flush=True)
+    results = {"costs": costs, "evaluation": {described(clean): table}}
+    clean = clean[: max(1, POSTERIOR_PIXELS // math.prod(clean.shape[1:3]))]
+    draws = f"{POSTERIOR_SAMPLES} draws of each of the first {len(clean):,}"
+    print(f"{draws}, at single pixels and means of blocks, CRPS in grey levels:", flush=True)
     measured = {sigma: measure_posterior(encoder, decoder, clean, sigma) for sigma in POSTERIOR_SIGMAS}
     calibration = [row for sigma in measured for row in calibration_rows(measured[sigma], sigma)]
     quality = [quality_row(measured[sigma], sigma) for sigma in measured]
     posterior = calibration, quality, code_rows(encoder, clean)
     for rows in posterior:
         print(util.format_table(rows))
-    hardware = util.environment()["hardware"]
-    results = {"costs": {hardware: costs}, "evaluation": {key: table}, "posterior": {key: posterior}}
-    return results, measured
+    return results | {"posterior": {described(clean): posterior}}, measured
 
 
 def multiply_accumulates(model, shape):
@@ -973,24 +977,11 @@ def multiply_accumulates(model, shape):
     return total
 
 
-def images_per_second(model, images, repeats=3):
-    """Speed of a model on this machine: the best of some passes over `images` (N, H, W, 3) after a first."""
-    seconds = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        model.predict(images, batch_size=250, verbose=0)
-        seconds.append(time.perf_counter() - started)
-    return len(images) / min(seconds[1:])
-
-
-def cost(model, side=32):
-    """What an autoencoder costs for an image of side x side pixels, and its speed on this machine."""
-    accumulates = multiply_accumulates(model, (side, side, 3))
-    speed = images_per_second(model, np.zeros((500, side, side, 3), np.float32))
+def cost(model):
+    """Arithmetic of an autoencoder for a 32x32 image, and its size."""
     return {
-        f"million multiply-accumulates, {side}x{side}": accumulates / 1e6,
+        "million multiply-accumulates, 32x32": multiply_accumulates(model, (32, 32, 3)) / 1e6,
         "million parameters": model.count_params() / 1e6,
-        "images/s": round(speed),
     }
 
 
@@ -1008,7 +999,8 @@ def evaluate_saved(args, labels):
         size = args.size or util.size_of_run(record, dataset_name(args.dataset))
         data = load_data(args.dataset, args.data_dir, size)
         results, _ = evaluation(models, *parts, data, args.images)
-        results = {section: record.get(section, {}) | new for section, new in results.items()}
+        for section in ("evaluation", "posterior"):
+            results[section] = record.get(section, {}) | results[section]
         with util.publishing(args.out, args.name) as draft:
             util.write_record(draft, args.name, record | results)
 
@@ -1052,12 +1044,14 @@ def picture_pairs(folder, noisy_folder):
 def pictures_with_noise(folder, kind, sigma):
     """Pictures and noisy versions of them, with the protocol's noise, drawn anew for each picture.
 
+    A grey picture gets white noise of one channel, as in published tables of grey test sets.
+
     Yields:
         Name, clean picture, uint8, and noisy picture, float32.
     """
     for path in image_files(folder):
         clean = read_test_picture(path)
-        if kind != "white":  # which alone can do with one channel
+        if kind != "white":  # the others need three channels
             clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
         noisy = add_noise(clean[None], sigma, kind=kind)[0]
         yield path.relative_to(folder).with_suffix("").as_posix(), clean_of(clean[None], kind)[0], noisy
@@ -1085,7 +1079,8 @@ def picture_row(clean, noisy, models, samples):
     if samples:
         true = np.abs(clean - outputs[""].astype(np.float32))
         row["expected PSNR"] = -10 * math.log10(np.square(errors / 255, dtype=np.float64).mean())
-        row["90% covers"] = float((true <= INTERVALS[0.9] * errors[..., None]).mean())
+        # 0.9 if errors are Gaussian and as large as expected
+        row["below 1.645 expected errors"] = float((true <= INTERVALS[0.9] * errors[..., None]).mean())
     return row, outputs[""]
 
 
@@ -1146,18 +1141,18 @@ def denoise_file(source, target, args, models):
     try:
         pixels, alpha, metadata = read_pixels(source)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        told = f"{source}: not a readable image ({util.first_line(error)}); convert it to plain PNG"
-        raise DataError(told) from None
+        message = f"{source}: not a readable image ({util.first_line(error)}); convert it to plain PNG"
+        raise DataError(message) from None
     denoised, errors = util.denoise_picture(autoencoder, pixels, args.strength, posterior, args.samples)
     check_free()  # another process may have been faster
     write_pixels(target, denoised, alpha, metadata)
-    told = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}"
+    message = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}"
     if posterior:
         brightness = np.minimum(np.round(DEVIATION_SCALE * errors), 255).astype(np.uint8)
         write_pixels(deviation_path(target), brightness[..., None])
         error = math.sqrt(np.square(errors, dtype=np.float64).mean())
-        told += f", expected error {error:.2f} grey levels, PSNR {20 * math.log10(255 / error):.2f} dB"
-    print(f"{told}, {time.monotonic() - started:.1f} s", flush=True)
+        message += f", expected error {error:.2f} grey levels, PSNR {20 * math.log10(255 / error):.2f} dB"
+    print(f"{message}, {time.monotonic() - started:.1f} s", flush=True)
 
 
 def sources_and_targets(pictures, to, samples=0):
@@ -1205,8 +1200,8 @@ def denoise_pictures(args):
             denoise_file(source, target, args, models)
         except Exception as error:  # the others go on whatever it is, as too little memory
             failed += 1
-            told = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
-            print(util.error_line(told), file=sys.stderr, flush=True)
+            message = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
+            print(util.error_line(message), file=sys.stderr, flush=True)
     if failed:
         raise DataError(f"{args.to}: {failed} of {len(pairs)} pictures are missing, for the reasons above")
 
@@ -1278,7 +1273,7 @@ def add_evaluate_options(parser):
     )
 
 
-def add_denoise_options(parser, kind):
+def add_denoise_options(parser):
     """Add the options of the verb `denoise`."""
     parser.add_argument(
         "pictures", metavar="IN", type=util.given_path, nargs="+", help="image files, or folders of them"
@@ -1292,7 +1287,8 @@ def add_denoise_options(parser, kind):
     parser.add_argument(
         "--name",
         type=util.run_name,
-        help=f"run whose model denoises (default: {kind}_{PHOTOGRAPHS} if saved, else {kind}_cifar10)",
+        default=PHOTOGRAPHS_RUN,
+        help="run whose model denoises",
     )
     parser.add_argument(
         "--out", type=util.given_path, default=util.HERE, help="where models/, weights/ and logs/ are"
@@ -1319,9 +1315,7 @@ def default_name(args, kind):
     """Name of the run that a verb works on, where none is given."""
     if args.verb == "train" or (args.verb == "evaluate" and not args.pictures):
         return f"{kind}_{dataset_name(args.dataset)}"
-    for_photographs = f"{kind}_{PHOTOGRAPHS}"
-    there = for_photographs in util.saved_runs(args.out, "autoencoder")
-    return for_photographs if there else f"{kind}_cifar10"
+    return PHOTOGRAPHS_RUN
 
 
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda train: None):
@@ -1339,7 +1333,7 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     add_own_options(train)
     evaluate = add_verb("evaluate", help="measure a saved model")
     add_evaluate_options(evaluate)
-    add_denoise_options(add_verb("denoise", help="denoise your own pictures"), kind)
+    add_denoise_options(add_verb("denoise", help="denoise your own pictures"))
     args = util.parse_resumable(parser, train, argv, lambda args: default_name(args, kind))
     if args.verb == "train" and args.sigma[0] > args.sigma[1]:
         train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
@@ -1350,16 +1344,20 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def use_saved(args, labels):
+    """Do what the verbs `denoise` and `evaluate` ask for; `labels` as `evaluate_saved` takes them."""
     if args.verb == "denoise":
         denoise_pictures(args)
-        return
-    if args.verb == "evaluate" and args.pictures:
+    elif args.pictures:
         evaluate_pictures(args)
-        return
-    if args.verb == "evaluate":
-        evaluate_saved(args, {"simple": args.name})
+    else:
+        evaluate_saved(args, labels)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.verb != "train":
+        use_saved(args, {"simple": args.name})
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     with util.training(__file__, args):

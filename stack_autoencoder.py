@@ -211,15 +211,9 @@ def train(args, data, base):
 
 def main(argv=None):
     args = simple.parse_args(argv, "stacked", __doc__, add_stack_options)
-    if args.verb == "denoise":
-        simple.denoise_pictures(args)
-        return
-    if args.verb == "evaluate" and args.pictures:
-        simple.evaluate_pictures(args)
-        return
-    if args.verb == "evaluate":
+    if args.verb != "train":
         base = util.read_record(args.out, args.name).get("base")
-        simple.evaluate_saved(args, ({"simple": base} if base else {}) | {"stacked": args.name})
+        simple.use_saved(args, ({"simple": base} if base else {}) | {"stacked": args.name})
         return
     started_on = util.read_record(args.out, args.start).get("base") if args.start else None
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"

@@ -227,12 +227,12 @@ def _download(url, path, md5, timeout, attempts, pause):
         except NETWORK_FAULTS as error:
             gained = part.exists() and part.stat().st_size > before
             failures = 1 if gained else failures + 1
-            told = error.reason if type(error) is urllib.error.URLError else error
-            told = repr(str(told))[1:-1][:200]  # what a server has sent may be anything
+            message = error.reason if type(error) is urllib.error.URLError else error
+            message = repr(str(message))[1:-1][:200]  # what a server has sent may be anything
             permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
             if failures >= attempts or permanent:
-                raise DataError(f"{url}: {told}; run again to go on, or {by_hand}") from None
-            print(f"  {told}; trying again in {pause * 2 ** (failures - 1):.0f} s", flush=True)
+                raise DataError(f"{url}: {message}; run again to go on, or {by_hand}") from None
+            print(f"  {message}; trying again in {pause * 2 ** (failures - 1):.0f} s", flush=True)
             time.sleep(pause * 2 ** (failures - 1))
     found = md5_of(part)
     if found != md5:
@@ -307,8 +307,8 @@ def download_and_extract(data_dir=DATA_DIR, url=DATA_URL, archive_md5=ARCHIVE_MD
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            told = f"cannot be the data folder ({error.strerror})"
-            raise DataError(f"{data_dir}: {told}; choose another --data-dir") from None
+            message = f"cannot be the data folder ({error.strerror})"
+            raise DataError(f"{data_dir}: {message}; choose another --data-dir") from None
         try:
             extract(download(url, data_dir / Path(url).name, archive_md5), files, data_dir)
         except OSError as error:

@@ -98,7 +98,7 @@ def assert_same_weights(out, other, name=NAME, part="autoencoder"):
 
 def shrink(patch):
     """Make models, photographs and figures of the scripts small; `patch` sets an attribute."""
-    photographs, measure = load_data.load_sample_images(), simple.images_per_second
+    photographs = load_data.load_sample_images()
     photographs.images = [np.ascontiguousarray(image[100:196, 100:420]) for image in photographs.images]
     patch(load_data, "load_sample_images", lambda: photographs)
     for script in (simple, stack):
@@ -109,7 +109,6 @@ def shrink(patch):
     patch(simple, "SHOWN", 2)
     patch(simple, "SWEEP", (25, 50))
     patch(simple, "POSTERIOR_SIGMAS", (25, 50))
-    patch(simple, "images_per_second", lambda model, images: measure(model, images[:8], repeats=1))
 
 
 def printed_by(script, *arguments, output=None):
