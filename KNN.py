@@ -314,6 +314,8 @@ def main(argv=None):
     if args.clusters > len(data.images[data.denoiser_split]):
         raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
     check_classes(data, args.dataset)
+    if "epochs" in util.read_record(args.out, args.name):
+        raise DataError(f"{args.name}: the name of a trained model; choose another --name")
     with util.locked(args.out, args.name), util.publishing(args.out, args.name) as draft:
         space_of = spaces(args, data)
         queries = query_images(data.images["test"], args.sigmas, denoiser)

@@ -545,7 +545,7 @@ def main(argv=None):
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     check_classes(data, args.dataset)
-    with util.training(__file__, args):
+    with util.training(__file__, args, data.checksums):
         model, rows = train(args, data, training_inputs(args, data))
         write_run(args, model, rows, denoisers, data, represent)
 

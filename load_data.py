@@ -216,7 +216,7 @@ def dataset_name(dataset):
     if dataset in BUILT_IN:
         return dataset
     name = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(dataset).resolve().name) or "root"
-    name = name.encode()[:NAME_BYTES].decode(errors="ignore")
+    name = name.encode()[: NAME_BYTES - 20].decode(errors="ignore")  # the kind of the run comes before it
     return f"{name}_folder" if name in BUILT_IN else name
 
 
@@ -423,6 +423,7 @@ def _orientation_and_metadata(image):
     orientation, kept = 1, {"icc_profile": image.mode != "CMYK" and image.info.get("icc_profile")}
     with contextlib.suppress(Exception):  # damaged, which is no reason to do without the picture
         exif = image.getexif()
+        exif.bigtiff = False  # the offsets that no other format has
         orientation = exif.pop(ExifTags.Base.Orientation, 1)
         for tag in set(exif) - DESCRIPTIVE_TAGS if image.format == "TIFF" else ():
             del exif[tag]
@@ -612,9 +613,14 @@ def image_files(folder):
         raise DataError(
             f"{folder}: no such folder; --dataset is cifar10, stl10, photos or a folder of images"
         )
+
+    def name_it(error):
+        print(f"{error.filename}: left out ({error.strerror})", flush=True)
+
+    places = os.walk(folder, onerror=name_it)
     files = sorted(
         path
-        for path in folder.rglob("*")
+        for path in (Path(place, name) for place, _, names in places for name in names)
         if path.suffix.lower() in SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)

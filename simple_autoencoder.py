@@ -670,7 +670,8 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
     """
     clean = whole_cells(clean, util.stride(encoder))
     rng = np.random.default_rng(TEST_NOISE_SEED)
-    parts = []
+    parts, pixels = [], clean.shape[1] * clean.shape[2]
+    at_once = max(1, min(at_once, at_once * 48**2 // pixels))  # draws of larger images take gigabytes
     for start in range(0, len(clean), at_once):
         images = clean[start : start + at_once]
         noisy = add_noise(images, sigma, rng)
@@ -1141,6 +1142,8 @@ def denoise_file(source, target, args, models):
     try:
         pixels, alpha, metadata = read_pixels(source)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):
+            raise
         message = f"{source}: not a readable image ({util.first_line(error)}); convert it to plain PNG"
         raise DataError(message) from None
     denoised, errors = util.denoise_picture(autoencoder, pixels, args.strength, posterior, args.samples)
@@ -1198,6 +1201,8 @@ def denoise_pictures(args):
     for source, target in pairs:
         try:
             denoise_file(source, target, args, models)
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
         except Exception as error:  # the others go on whatever it is, as too little memory
             failed += 1
             message = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
@@ -1360,7 +1365,7 @@ def main(argv=None):
         use_saved(args, {"simple": args.name})
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
-    with util.training(__file__, args):
+    with util.training(__file__, args, data.checksums):
         encoder, decoder, autoencoder, rows = train(args, data)
         write_run(args, {"simple": autoencoder}, encoder, decoder, data, rows)
 

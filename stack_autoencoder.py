@@ -219,7 +219,7 @@ def main(argv=None):
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     models = {"simple": util.load_model(args.out, base, "autoencoder")}
-    with util.training(__file__, args):
+    with util.training(__file__, args, data.checksums):
         encoder, decoder, models["stacked"], rows, record = train(args, data, base)
         simple.write_run(args, models, encoder, decoder, data, rows, record)
 

@@ -259,6 +259,9 @@ def extract(archive, files, folder):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".extracting-*"):  # by a killed process
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".extracting-", dir=folder))
     try:
         with tarfile.open(archive) as tar:
@@ -416,6 +419,8 @@ def parse_args(argv=None):
         help="write the first N training images to DATA_DIR/stl10_png/",
     )
     args = parser.parse_args(argv)
+    if not args.data_dir:
+        parser.error("argument --data-dir: is empty")
     if args.save_images < 0:
         parser.error(f"argument --save-images: {args.save_images} is negative")
     return args

@@ -86,6 +86,7 @@ FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
 UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
+LABELS = ("clean", "noisy", "pixels", "PCA")  # of tables and figures, beside names of runs
 LARGEST_WEIGHT = 1e6  # of a saved model
 NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
 # arguments that may change when a run is resumed
@@ -222,7 +223,8 @@ def number(kind, low, high=10**9):
 
 def run_name(text):
     """Check the name of a run: letters, digits, `_` and `-`, since it becomes part of file names."""
-    if not re.fullmatch(r"[\w-]+", text) or len(os.fsencode(text)) > NAME_BYTES:
+    taken = text in LABELS or text.startswith(tuple(f"{part}_" for part in PARTS))
+    if taken or not re.fullmatch(r"[\w-]+", text) or len(os.fsencode(text)) > NAME_BYTES:
         raise ValueError(text)
     return text
 
@@ -286,6 +288,8 @@ def run_script(main):
     except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
         _leave(1)
     except OSError as error:
+        if error.errno == errno.ENOSPC and not error.filename:  # files are named
+            error.filename = "standard output"
         _leave(1, error_line(error))
     except Exception as error:
         if not re.search("MemoryError|ResourceExhausted|RESOURCE_EXHAUSTED|OutOfMemory", repr(error)):
@@ -425,8 +429,9 @@ def locked(out, name):
         check_writable(
             folder, "make it a writable folder on the disk of logs/, or choose another --out", path.parent
         )
-    for place in Path(out).glob(f"[!l]*/*{name}*.*"):  # those of logs/ when they are written
-        _check_place(place)
+    for place in (place for folder in FOLDERS for place in Path(out, folder).glob(f"*{name}*")):
+        if place.suffix in (".json", ".csv", ".h5", ".npy", ".png", ".gif"):
+            _check_place(place)
     with open(path, "a") as file:  # which leaves alone what a link points to
         if fcntl:
             try:
@@ -467,12 +472,13 @@ def _scratch():
 
 
 @contextlib.contextmanager
-def training(script, args):
+def training(script, args, data):
     """Prepare a training run: lock, working folder, precision, seed. Tell how to resume when it is stopped.
 
     Args:
         script: `__file__` of the script.
         args: Its arguments, with `out`, `name`, `resume`, `seed`, `precision`.
+        data: Checksums of the data.
 
     Raises:
         ModelError: another run of that name is going on, or was interrupted and is not to be resumed.
@@ -492,7 +498,7 @@ def training(script, args):
                 raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _keep_arguments(folder / "arguments.json", Path(script).name, args)
+        _keep_arguments(folder / "arguments.json", Path(script).name, args, data)
         try:
             yield
         except KeyboardInterrupt:
@@ -506,16 +512,18 @@ def training(script, args):
         shutil.rmtree(folder)
 
 
-def _keep_arguments(path, script, args):
+def _keep_arguments(path, script, args, data):
     """Write the arguments of a run, or check that it is resumed by the same script with the same ones.
 
     Raises:
         ModelError: it is not; names the first argument that differs.
     """
-    new = json.loads(json.dumps({"script": script} | vars(args), default=str))
+    new = json.loads(json.dumps({"script": script, "data": data} | vars(args), default=str))
     # of several processes that train together, the first alone has the file
-    interrupted = _read_dict(path) if args.resume and path.exists() else None
-    for key, old in (interrupted or {}).items():
+    interrupted = (_read_dict(path) if args.resume and path.exists() else None) or {}
+    if interrupted.pop("data", data) != data:  # which a new date of a file is enough for
+        print("The pictures have changed since the run was interrupted, and perhaps their splits.")
+    for key, old in interrupted.items():
         if key not in CHANGEABLE and "epochs" not in key and new.get(key, old) != old:
             what = f"the interrupted run has {key.replace('_', '-')} {old}, not {new[key]}"
             raise ModelError(f"{path}: {what}; resume it as it was, or delete {path.parent}")
@@ -536,7 +544,11 @@ def resumed_arguments(out, name):
         raise ModelError(f"{path}: not found, nothing to resume; train without --resume") from None
     if arguments is None:
         raise ModelError(f"{path}: damaged; delete {path.parent} and train without --resume")
-    return {key: value for key, value in arguments.items() if key not in ("script", "verb", "out", "resume")}
+    return {
+        key: value
+        for key, value in arguments.items()
+        if key not in ("script", "data", "verb", "out", "resume")
+    }
 
 
 def sha256_of(path):
@@ -783,7 +795,8 @@ def load_model(out, run, part=None, precision="float32"):
         _check_size(weights, model.count_params())
         with keras.StatelessScope():  # when it ends, the weights get their memory
             pass
-        model.load_weights(weights)
+        with warnings.catch_warnings(action="ignore"):  # of every layer of another model
+            model.load_weights(weights)
         if not all(np.abs(weight).max(initial=0) < LARGEST_WEIGHT for weight in model.get_weights()):
             raise ValueError("some are huge or not numbers")
     except Exception as error:
@@ -799,9 +812,10 @@ def load_model(out, run, part=None, precision="float32"):
 
 def _is_part(model, part):
     """Whether the shapes that a model takes and gives are those of one of PARTS."""
-    pictures = [(None, None, None, 3)]
-    given, returned = ([tuple(tensor.shape) for tensor in ends] for ends in (model.inputs, model.outputs))
-    fits = (part == "decoder" or given == pictures) and (part == "encoder" or returned == pictures)
+    picture, returned = (None, None, None, 3), [tuple(tensor.shape) for tensor in model.outputs]
+    fits = part == "decoder" or model.input_shape == picture  # of several inputs it is a list or a dict
+    codes = len(returned) % 2 == 0 and all(len(shape) == 4 for shape in returned)
+    fits = fits and (codes if part == "encoder" else returned == [picture])
     same = (1, 64, 64, 3)
     return fits and (part != "autoencoder" or model.compute_output_shape(same) == same)
 
@@ -1012,6 +1026,8 @@ def _drawing_model(encoder, decoder):
 def _visible(output, inside, channels):
     """Part of a model's output (1, h, w, 3) within slices, clipped; one channel: the mean of its three."""
     part = np.asarray(output)[0][*inside]
+    if not np.isfinite(part).all():
+        raise ModelError("the result is not finite; restore the model's weights, or train it again")
     return np.clip(part if channels == 3 else part.mean(axis=2, keepdims=True), 0, 1)
 
 

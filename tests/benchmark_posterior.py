@@ -100,7 +100,7 @@ def main(argv=None):
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     encoder, decoder = (util.load_model(args.out, run, part) for part in ("encoder", "decoder"))
     clean = data.sample("test", args.images)
-    with util.training(__file__, args):
+    with util.training(__file__, args, data.checksums):
         z_parts = encoder.get_layer("z_encoder"), decoder.get_layer("z_decoder")
         rival = PixelGaussian(*z_parts, build_variance(), seed=args.seed)
         simple.fit_stage(rival, data, args, "variance", args.epochs)

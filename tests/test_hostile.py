@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import io
 import json
@@ -145,6 +146,15 @@ def test_resolution_and_texts_stay(tmp_path, suffix):
         assert not suffix.endswith(".tif") or image.getexif()[315] == "An artist"
 
 
+def test_bigtiff_becomes_a_png(tmp_path):
+    tags = [(315, "s", 0, "An artist", True)]
+    tifffile.imwrite(tmp_path / "a.tif", COLOURS, bigtiff=True, photometric="rgb", extratags=tags)
+    load_data.write_pixels(tmp_path / "a.png", *load_data.read_pixels(tmp_path / "a.tif"))
+    with Image.open(tmp_path / "a.png") as image:
+        assert (np.asarray(image) == COLOURS).all()
+        assert image.getexif()[315] == "An artist"
+
+
 def test_pictures_of_telephones_are_read_without_a_warning(tmp_path, recwarn):
     Image.new("1", (14_000, 13_800), 1).save(tmp_path / "a.png")
     assert load_data.read_pixels(tmp_path / "a.png")[0].shape == (13_800, 14_000, 1)
@@ -227,6 +237,8 @@ def test_names_with_dollars_or_of_no_unicode_are_drawn(tmp_path):
         (["denoise", "", "--to", "a"], "IN"),
         (["denoise", "a.png", "--to", ""], "--to"),
         (["--name", "n" * 101], "--name"),
+        (["--name", "noisy"], "--name"),  # a column of the tables
+        (["--name", "encoder_mine"], "--name"),  # whose files would be those of the run `mine`
         (["--epochs", str(10**21)], "--epochs"),
         (["--filters", str(10**21)], "--filters"),
     ],
@@ -246,7 +258,7 @@ def test_run_is_resumed_by_its_own_script_and_arguments_where_its_files_fit(tmp_
     line = told_line(printed_by, classifier, *resume, "--epochs=3", "--denoisers", NAME)
     assert line.endswith("not found; there is no trained model yet")  # before it has come to the run
     args = classifier.parse_args([str(part) for part in (*resume, "--epochs=3")])
-    line = told_line(lambda: util.training(classifier.__file__, args).__enter__())
+    line = told_line(lambda: util.training(classifier.__file__, args, {}).__enter__())
     assert "the interrupted run has script simple_autoencoder.py, not classifier.py; resume it as it" in line
     for option in ("--size=32", "--seed=5", "--limit=32", "--batch-size=8", "--filters=16"):
         line = told_line(printed_by, simple, *resume, option)
@@ -264,6 +276,51 @@ def test_run_is_resumed_by_its_own_script_and_arguments_where_its_files_fit(tmp_
         assert line.startswith(f"{out}/weights: cannot be written to (Invalid cross-device link); make it a")
         (out / "weights").unlink()
     assert files_of(out) == before
+
+
+def test_folders_with_long_names_give_runs_that_can_be_resumed():
+    name = load_data.dataset_name("/some/" + "n" * 250)
+    assert util.run_name(f"classifier_{name}").endswith("nnn")
+
+
+def test_resumed_run_says_that_its_pictures_have_changed(tmp_path, capsys):
+    path = tmp_path / "arguments.json"
+    args = argparse.Namespace(resume=True, seed=0)
+    for data in ({"listing": "a"}, {"listing": "b"}, {"listing": "b"}):
+        util._keep_arguments(path, "script.py", args, data)
+    assert capsys.readouterr().out.count("The pictures have changed") == 1
+
+
+def test_folders_of_others_are_not_taken_for_files_of_a_run(tmp_path):
+    (tmp_path / "Pictures/my_cc.2024").mkdir(parents=True)
+    with util.locked(tmp_path, "cc"):
+        pass
+    (tmp_path / "logs/cc.csv").mkdir()
+    line = told_line(util.locked(tmp_path, "cc").__enter__)
+    assert line.startswith(f"{tmp_path}/logs/cc.csv: a folder is in the place of a file")
+
+
+def test_record_of_a_training_is_not_replaced_by_neighbours(trained_copy):
+    before = files_of(trained_copy)
+    arguments = ["--dataset=photos", "--encoders", NAME, "--name", NAME, "--out", trained_copy]
+    line = told_line(printed_by, KNN, *arguments)
+    assert line == f"{NAME}: the name of a trained model; choose another --name"
+    assert files_of(trained_copy) == before
+
+
+def test_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        pictures_in(tmp_path / "mine" / name, count=1)
+    listed = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert load_data.image_files(tmp_path / "mine") == [tmp_path / "mine/a/0.png"]
+    assert capsys.readouterr().out == f"{tmp_path}/mine/b: left out (Permission denied)\n"
 
 
 def test_run_is_not_published_by_half(tmp_path):
@@ -312,6 +369,19 @@ def test_models_that_are_no_autoencoders(tmp_path, build):
     saved(tmp_path, "m", build())
     line = told_line(util.load_model, tmp_path, "m", "autoencoder")
     assert "autoencoder_m.json: no autoencoder of pictures of any size; restore it or train" in line
+
+
+def test_model_that_is_no_encoder(tmp_path):
+    autoencoder = saved(tmp_path, "m", of((None, None, 3), layers.Conv2D(5, 3)))
+    for path in autoencoder:
+        path.rename(path.with_name(path.name.replace("autoencoder", "encoder")))
+    assert "encoder_m.json: no encoder of pictures" in told_line(util.load_model, tmp_path, "m", "encoder")
+
+
+def test_results_that_are_not_finite_are_refused():
+    model = of((None, None, 3), same())
+    model.set_weights([np.full_like(weight, np.inf) for weight in model.get_weights()])
+    assert told_line(util.denoise_picture, model, COLOURS).startswith("the result is not finite; restore")
 
 
 def test_decoder_that_is_an_encoder(trained_copy):
@@ -418,6 +488,25 @@ def test_second_download_waits_for_the_first(server, tmp_path, capfd):
     assert "waiting for another process that downloads to it" in capfd.readouterr().out
     assert server.asked == [1000]
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_denoise_ends_without_a_word_when_nobody_reads(trained, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    Image.fromarray(COLOURS).save(tmp_path / "a.png")
+    command = [
+        "denoise",
+        tmp_path / "a.png",
+        "--to",
+        tmp_path / "out",
+        "--out",
+        trained.out,
+        f"--name={NAME}",
+    ]
+    with pytest.raises(BrokenPipeError):
+        printed_by(simple, *command, output=Closed())
 
 
 def test_leftovers_of_a_killed_process_are_swept_away(tmp_path):

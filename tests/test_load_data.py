@@ -434,8 +434,13 @@ def test_batches_show_every_image_at_most_once_in_an_epoch(count, batch_size, se
 
 
 def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(load_data, "save_figure", lambda figure, path: drawn.update({path.suffix: figure}))
+    drawn, save_figure = {}, load_data.save_figure
+
+    def keep_figure(figure, path):
+        drawn[path.suffix] = figure
+        save_figure(figure, path)
+
+    monkeypatch.setattr(load_data, "save_figure", keep_figure)
     load_data.main(["--dataset", "photos", "--size=16", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "|      train |" in printed

@@ -196,7 +196,7 @@ def test_picture_is_sampled_from_the_command_line(stacked, tmp_path):
     assert iio.imread(tmp_path / "b.png").shape == (9, 14, 3)
     assert iio.imread(tmp_path / "b_deviation.png").shape == (9, 14)
     line = told_line(printed_by, stack, *arguments, "--force")
-    assert "stacked_cifar10.json: not found; there is " in line
+    assert "stacked_photographs.json: not found; there is " in line
     assert NAME in line
 
 

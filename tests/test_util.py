@@ -450,7 +450,7 @@ def test_full_disk_leaves_the_earlier_feature_maps(saved):
 FIGURE = util.rows_figure([("", random_images(2, 8, 8, 3), None)])
 WRITERS = {
     "npy": lambda path: np.save(path, np.zeros(10_000)),
-    "png": lambda path: util.save_figure(FIGURE, path),
+    "png": lambda path: FIGURE.savefig(path),
     "gif": lambda path: util.save_gif([FIGURE], path),
     "csv": lambda path: path.write_text("text" * 1000),
 }
