@@ -183,13 +183,11 @@ def main(argv=None):
     clean = test_images(args)
     names = args.models or util.saved_runs(args.out, "autoencoder")
     models = {name: util.load_model(args.out, name, "autoencoder") for name in names}
-    for denoise in simple.without_sigma(models).values():
+    for denoise in simple.blind(models).values():
         for shape in {batch.shape for batch in clean}:  # compile for it before the clock starts
             denoise(np.zeros(shape, np.float32), 0)
     denoisers = {label: one_by_one(CLASSICAL[label]) for label in CLASSICAL if label not in args.without}
-    denoisers = {
-        label: Timed(denoise) for label, denoise in (denoisers | simple.without_sigma(models)).items()
-    }
+    denoisers = {label: Timed(denoise) for label, denoise in (denoisers | simple.blind(models)).items()}
     table = simple.evaluate(denoisers, clean, kind=args.noise)
     hardware = util.environment()["hardware"]
     name = dataset_name(args.dataset) + ("" if args.noise == "white" else f"_{args.noise}")
