@@ -109,7 +109,7 @@ def main(argv=None):
             keras.config.set_dtype_policy(util.fast_precision())
             model = trained(build, data.images[data.denoiser_split][:limit], args)
             keras.config.set_dtype_policy("float32")
-            (row,) = simple.evaluate(simple.without_sigma({build.__name__: model}), clean, (SIGMA,))
+            (row,) = simple.evaluate(simple.blind({build.__name__: model}), clean, (SIGMA,))
             rows[-1][f"{build.__name__} PSNR"] = row[f"{build.__name__} PSNR"]
             costs[build.__name__] = simple.multiply_accumulates(model, (32, 32, 3)) / 1e6
         print(util.format_table(rows[-1:]), flush=True)
