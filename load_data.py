@@ -96,7 +96,7 @@ JPEG_QUALITY, JPEG_QUALITIES = 90, (60, 100)  # of the protocol, of training
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 CORRELATED_RADII = (0.4, 2)  # of Gaussian filters, in pixels
 CAMERA_SIGMA = (5, 25)  # of training: 3 to 15 grey levels are left
-GRAIN = (0.5, 3)  # grey levels: below, a training image is clean; above, it is texture
+GRAIN = (0.5, 3)  # grey levels in its calmest part: with less a training image is clean, with more texture
 NOISELESS = 0.06  # share of camera noise that has strength zero, so that texture is not taken for noise
 
 # simulated cameras: with these ranges their noise resembles that of pairs of real photographs
