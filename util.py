@@ -66,11 +66,12 @@ except KeyboardInterrupt:  # these take seconds
     print("\nStopped.", file=sys.stderr)
     sys.exit(130)
 except (
+    AttributeError,
     ImportError,
     OSError,
     ValueError,
-) as error:  # a backend that is not there, no folder for temporary files
-    sys.exit(f"{' '.join(str(error).split())}; see requirements.txt, KERAS_BACKEND and TMPDIR")
+) as error:  # a damaged keras.json, a backend that is not there, no folder for temporary files
+    sys.exit(f"{' '.join(str(error).split())}; see requirements.txt, ~/.keras/keras.json, KERAS_BACKEND and TMPDIR")
 
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
 keras.config.set_floatx("float32")
