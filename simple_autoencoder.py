@@ -954,7 +954,7 @@ def evaluation(models, encoder, decoder, data, count):
     quality = [quality_row(measured[sigma], sigma) for sigma in measured]
     posterior = calibration, quality, code_rows(encoder, clean)
     for rows in posterior:
-        print(util.format_table(rows))
+        print(util.format_table(rows), end="\n\n")
     return results | {"posterior": {described(clean): posterior}}, measured
 
 
