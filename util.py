@@ -71,7 +71,7 @@ except (
     OSError,
     ValueError,
 ) as error:  # a damaged keras.json, a backend that is not there, no folder for temporary files
-    sys.exit(f"{' '.join(str(error).split())}; see requirements.txt, ~/.keras/keras.json, KERAS_BACKEND and TMPDIR")
+    sys.exit(f"{' '.join(str(error).split())}; see requirements.txt, keras.json, KERAS_BACKEND and TMPDIR")
 
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
 keras.config.set_floatx("float32")

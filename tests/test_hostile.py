@@ -533,7 +533,7 @@ def test_backend_that_is_not_there():
         command, env=os.environ | {"KERAS_BACKEND": "none"}, capture_output=True, text=True
     )
     assert ended.returncode == 1
-    assert ended.stderr.endswith("; see requirements.txt, ~/.keras/keras.json, KERAS_BACKEND and TMPDIR\n")
+    assert ended.stderr.endswith("; see requirements.txt, keras.json, KERAS_BACKEND and TMPDIR\n")
     assert "Traceback" not in ended.stderr
 
 
