@@ -306,6 +306,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if "epochs" in util.read_record(args.out, args.name):
+        raise DataError(f"{args.name}: the name of a trained model; choose another --name")
     args.encoders = args.encoders or default_encoders(args.out, args.dataset)
     args.denoiser = args.denoiser or args.encoders[-1]
     denoiser = util.load_model(args.out, args.denoiser, "autoencoder")
@@ -314,8 +316,6 @@ def main(argv=None):
     if args.clusters > len(data.images[data.denoiser_split]):
         raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
     check_classes(data, args.dataset)
-    if "epochs" in util.read_record(args.out, args.name):
-        raise DataError(f"{args.name}: the name of a trained model; choose another --name")
     with util.locked(args.out, args.name), util.publishing(args.out, args.name) as draft:
         space_of = spaces(args, data)
         queries = query_images(data.images["test"], args.sigmas, denoiser)

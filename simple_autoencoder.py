@@ -1205,8 +1205,8 @@ def denoise_pictures(args):
             raise
         except Exception as error:  # the others go on whatever it is, as too little memory
             failed += 1
-            message = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
-            print(util.error_line(message), file=sys.stderr, flush=True)
+            failure = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
+            print(util.error_line(failure), file=sys.stderr, flush=True)
     if failed:
         raise DataError(f"{args.to}: {failed} of {len(pairs)} pictures are missing, for the reasons above")
 
