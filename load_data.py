@@ -139,10 +139,6 @@ class Data:
         """The first `count` images of a split, in memory."""
         return np.ascontiguousarray(self.images[split][:count])
 
-    def spread(self, split, count):
-        """At most `count` images at even distances over a split; neighbours may look alike."""
-        return self.images[split][evenly(len(self.images[split]), count)]
-
 
 def evenly(total, count):
     """At most `count` indices at even distances over range(total)."""
@@ -591,10 +587,13 @@ def _load_photos(size):
 
 
 def _usable(data, source, size):
-    """Data of patches, at most VALIDATION of them for validation; raises DataError where a split has none."""
-    kept = evenly(len(data.labels["validation"]), VALIDATION)
-    for parts in (data.images, data.labels):
-        parts["validation"] = parts["validation"][kept]
+    """Data of patches: what is held out in random order, so that the first ones are of many pictures.
+
+    At most VALIDATION patches are kept for validation; raises DataError where a split has none.
+    """
+    for split, count in {"validation": VALIDATION, "test": None}.items():
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(data.labels[split]))[:count]
+        data.images[split], data.labels[split] = data.images[split][order], data.labels[split][order]
     for split, images in data.images.items():
         if not len(images):
             raise DataError(

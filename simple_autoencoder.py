@@ -441,7 +441,7 @@ def validation_pair(clean, args):
 
 def gif_images(data, cell):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
-    clean = whole_cells(data.spread("validation", SHOWN), cell)
+    clean = whole_cells(data.sample("validation", SHOWN), cell)
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
@@ -881,7 +881,7 @@ def write_sample_maps(draft, name, encoder, data):
             name, weights, images, pooling=0, dataset=data.name, split=split, sigma=0.0
         )
         util.write_feature_maps(draft / f"feature_maps/{name}_{split}.h5", encoder, images, labels, origin)
-    util.save_figure(feature_figure(encoder, data.spread("test", 1)), draft / f"feature_maps/{name}.png")
+    util.save_figure(feature_figure(encoder, data.sample("test", 1)), draft / f"feature_maps/{name}.png")
 
 
 def write_run(args, models, encoder, decoder, data, rows, record=None):
@@ -917,11 +917,11 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
 
 def write_figures(draft, name, models, encoder, decoder, data, rows, posterior):
     """Write the figures of a run, `figures/NAME_*.png`."""
-    shown = data.spread("test", SHOWN)
+    shown = data.sample("test", SHOWN)
     figures = {
         "reconstructions": reconstruction_figure(models, shown),
         "history": util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name),
-        "sweep": sweep_figure(models, data.spread("test", SWEEP_IMAGES)),
+        "sweep": sweep_figure(models, data.sample("test", SWEEP_IMAGES)),
         "posterior": posterior_figure(encoder, decoder, shown, posterior),
         "expected": expected_figure(posterior, name),
     }

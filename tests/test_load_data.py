@@ -226,12 +226,27 @@ def test_resizing_is_antialiased():
     assert abs(resized[:, 4:-4, 4:-4].astype(int) - 127.5).max() < 2
 
 
+@pytest.fixture
+def folder_of_flat_pictures(tmp_path):
+    """Sixty pictures of 96x96, each of one grey."""
+    (tmp_path / "pictures").mkdir()
+    for grey in range(60):
+        iio.imwrite(tmp_path / "pictures" / f"{grey:02d}.png", np.full((96, 96, 3), grey, np.uint8))
+    return tmp_path / "pictures"
+
+
 def test_photos_need_no_download_and_share_no_pixel():
     data = load_data.load_data("photos", data_dir="/nonexistent")
     assert data.class_names == ("china", "flower")
     assert set(data.labels["test"]) == {0, 1}
     known = {patch.tobytes() for patch in data.images["train"]}
     assert not known & {patch.tobytes() for patch in data.images["test"]}
+
+
+def test_the_first_held_out_patches_are_of_many_pictures(folder_of_flat_pictures, tmp_path):
+    data = load_data.load_data(str(folder_of_flat_pictures), tmp_path / "data", size=16)
+    for split in ("validation", "test"):
+        assert len(np.unique(data.images[split][:12])) == 3  # of three pictures with 36 patches each
 
 
 def test_patches_of_different_splits_come_from_different_columns():
@@ -315,10 +330,10 @@ def test_folder_is_split_by_picture_and_cached(folder, tmp_path, capsys):
         "validation": 4,
         "test": 4,
     }
-    test_picture = next(
-        path for path in folder.rglob("*.png") if (data.images["test"][0] == iio.imread(path)[:32, :32]).all()
-    )
-    assert data.class_names[data.labels["test"][0]] == test_picture.parent.name
+    corners = {iio.imread(path)[:32, :32].tobytes(): path.parent.name for path in folder.rglob("*.png")}
+    held_out = zip(data.images["test"], data.labels["test"], strict=True)
+    (known,) = [(patch.tobytes(), label) for patch, label in held_out if patch.tobytes() in corners]
+    assert corners[known[0]] == data.class_names[known[1]]
     assert "Cutting" in capsys.readouterr().out
     load_data.load_data(str(folder), tmp_path / "data", size=32)
     assert "Cutting" not in capsys.readouterr().out
