@@ -910,17 +910,20 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
         described = util.describe_run(args, rows, "val_psnr") | data.described
         described["training_images"] = len(data.images[data.denoiser_split])
         results, posterior = evaluation(models, encoder, decoder, data, TEST_IMAGES)
-        write_figures(draft, name, models, encoder, decoder, data, rows, posterior)
+        util.save_figure(
+            util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name),
+            draft / f"figures/{name}_history.png",
+        )
+        draw_results(draft, name, models, encoder, decoder, data, posterior)
         util.write_record(draft, name, described | (record or {}) | results)
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
 
 
-def write_figures(draft, name, models, encoder, decoder, data, rows, posterior):
-    """Write the figures of a run, `figures/NAME_*.png`."""
+def draw_results(draft, name, models, encoder, decoder, data, posterior):
+    """Write the figures of what `evaluation` measured, `figures/NAME_*.png`."""
     shown = data.sample("test", SHOWN)
     figures = {
         "reconstructions": reconstruction_figure(models, shown),
-        "history": util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name),
         "sweep": sweep_figure(models, data.sample("test", SWEEP_IMAGES)),
         "posterior": posterior_figure(encoder, decoder, shown, posterior),
         "expected": expected_figure(posterior, name),
@@ -987,7 +990,7 @@ def cost(model):
 
 
 def evaluate_saved(args, labels):
-    """Evaluate saved models and add the result to the run record.
+    """Evaluate saved models and add the result to the run record; draw it if the data are the training's.
 
     Args:
         args: Arguments of the verb `evaluate`.
@@ -997,12 +1000,14 @@ def evaluate_saved(args, labels):
         models = {label: util.load_model(args.out, run, "autoencoder") for label, run in labels.items()}
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         record = util.read_record(args.out, args.name)
-        size = args.size or util.size_of_run(record, dataset_name(args.dataset))
-        data = load_data(args.dataset, args.data_dir, size)
-        results, _ = evaluation(models, *parts, data, args.images)
+        trained_size = util.size_of_run(record, dataset_name(args.dataset))
+        data = load_data(args.dataset, args.data_dir, args.size or trained_size)
+        results, posterior = evaluation(models, *parts, data, args.images)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
         with util.publishing(args.out, args.name) as draft:
+            if record.get("data") == data.described["data"] and args.size in (None, trained_size):
+                draw_results(draft, args.name, models, *parts, data, posterior)
             util.write_record(draft, args.name, record | results)
 
 

@@ -434,15 +434,25 @@ def test_record_tells_how_the_run_came_about(trained):
         assert util.sha256_of(trained.out / path) == checksum
 
 
-def test_evaluate_from_elsewhere_prints_and_records_what_the_training_did(trained, trained_copy):
+def test_evaluate_from_elsewhere_prints_records_and_draws_what_the_training_did(trained, trained_copy):
     record = util.read_record(trained_copy, NAME)
+    figures = [f"figures/{NAME}_{kind}.png" for kind in ("reconstructions", "sweep", "posterior", "expected")]
+    for figure in figures:
+        (trained_copy / figure).unlink()
     arguments = ["evaluate", "--dataset=photos", "--out", trained_copy]
     code, again, err = run("simple_autoencoder.py", *arguments, small=True, cwd=trained_copy)
     assert (code, err) == (0, "")
     assert len(table_rows(again)) == 5 + 8 + 2
     assert table_rows(again) == table_rows(trained.printed)
-    again = util.read_record(trained_copy, NAME)
-    assert again == record
+    assert util.read_record(trained_copy, NAME) == record
+    for figure in figures:
+        np.testing.assert_array_equal(iio.imread(trained_copy / figure), iio.imread(trained.out / figure))
+
+
+def test_evaluate_draws_nothing_of_images_of_another_size(trained_copy):
+    figures = {path: path.read_bytes() for path in trained_copy.glob("figures/*")}
+    printed_by(simple, "evaluate", "--dataset=photos", "--size=32", "--images=2", "--out", trained_copy)
+    assert {path: path.read_bytes() for path in trained_copy.glob("figures/*")} == figures
 
 
 def test_detail_code_is_trained_with_the_rest_as_it_is(trained, tmp_path):
