@@ -482,7 +482,7 @@ def fit_detail(vae, detail, data, args, epochs_before):
     """Train the detail code of a trained `vae`.
 
     Args:
-        vae: Trained `DenoisingVAE`; is frozen.
+        vae: Trained `DenoisingVAE`; stays as it is.
         detail: Detail encoder and detail decoder.
         data: `load_data.Data`.
         args: Arguments of the run.
@@ -492,7 +492,9 @@ def fit_detail(vae, detail, data, args, epochs_before):
         The metrics of `fit_stage`.
     """
     trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, seed=args.seed)
-    return fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
+    rows = fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
+    vae.encoder.trainable = vae.decoder.trainable = True  # as others will want to train what is saved
+    return rows
 
 
 def load_start(args, encoder, decoder):

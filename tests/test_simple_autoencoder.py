@@ -325,6 +325,12 @@ def test_every_file_of_the_run_is_there(trained):
             assert (described | {"weights": weights}).items() <= dict(file.attrs).items()
 
 
+def test_saved_models_can_be_trained_further(trained):
+    for part in ("encoder", "decoder", "autoencoder"):
+        model = util.load_model(trained.out, NAME, part)
+        assert len(model.trainable_weights) == len(model.weights) > 0
+
+
 def test_curves_show_what_was_measured(trained):
     psnr = {row["sigma"]: row["simple PSNR"] for row in evaluation_of(trained.out)}
     (x, y, (noisy, denoised)), ssim = curves_of(trained.figures[f"{NAME}_sweep.png"])

@@ -273,6 +273,7 @@ def test_shipped_model_loads_with_keras_alone_even_an_older_one(name):
     model = keras.models.model_from_json(text)
     model.load_weights(paths[1])
     assert {layer.dtype_policy.name for layer in model.layers} == {"float32"}
+    assert len(model.trainable_weights) == sum(weight.trainable for weight in model.weights)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
