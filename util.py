@@ -1465,12 +1465,16 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         The metrics, a dict for each epoch.
 
     Raises:
-        ModelError: the loss became NaN, the checkpoint is damaged, or another process has ended.
+        ModelError: the loss became NaN, the checkpoint is damaged, another process has ended, or more epochs
+            are asked for than before and a later stage has begun.
     """
     model.optimizer.build(model.trainable_variables)
     checkpoint = Checkpoint(folder / stage, monitor)
     checkpoint.set_model(model)
-    checkpoint.restore()
+    done = checkpoint.restore()
+    for later in folder.glob("*/checkpoint.weights.h5") if 0 < done < epochs else ():
+        if later.stat().st_mtime > checkpoint.path.stat().st_mtime:  # it would bring the weights of then back
+            raise ModelError(f"{later}: {later.parent.name} has begun; resume with the epochs of before")
     checkpoint.rows = broadcast_json(checkpoint.rows)
     # the checkpoint comes last, when all else of the epoch is on disk
     callbacks = [

@@ -682,6 +682,29 @@ def test_validation_that_is_not_a_number_stops_before_it_is_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stage_gets_no_more_epochs_when_a_later_one_has_begun(tmp_path):
+    images = random_images(4, 8, 8, 3) / np.float32(255)
+
+    class OneBatch(keras.utils.PyDataset):
+        batch_size = 4
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return images, images
+
+    def train(stage, epochs):
+        model = checkpoint_of(tmp_path).model
+        return util.fit(model, OneBatch(), (images, images), epochs, tmp_path, "val_loss", stage=stage)
+
+    assert [len(train("first", 1)), len(train("first", 2)), len(train("second", 1))] == [1, 2, 1]
+    os.utime(tmp_path / "first/checkpoint.weights.h5", (0, 0))
+    assert len(train("first", 2)) == 2
+    with pytest.raises(ModelError, match="second/checkpoint.weights.h5: second has begun; resume with"):
+        train("first", 3)
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     advance = util.progress(3000, "images")
     for _ in range(3):
