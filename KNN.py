@@ -259,12 +259,6 @@ def clusters_figure(data, gallery):
     return util.rows_figure(rows, f"{data.name}: the images nearest to each centroid", cell=1)
 
 
-def default_encoders(out, dataset):
-    """The runs of a data set whose encoders are compared where none are named."""
-    runs = [f"{kind}_{dataset_name(dataset)}" for kind in ("simple", "stacked")]
-    return [run for run in runs if run in util.saved_runs(out, "encoder")] or runs[:1]
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], formatter_class=util.HelpFormatter
@@ -308,7 +302,9 @@ def main(argv=None):
     args = parse_args(argv)
     if "epochs" in util.read_record(args.out, args.name):
         raise DataError(f"{args.name}: the name of a trained model; choose another --name")
-    args.encoders = args.encoders or default_encoders(args.out, args.dataset)
+    dataset = dataset_name(args.dataset)
+    saved = util.denoiser_runs(args.out, dataset, "encoder")
+    args.encoders = args.encoders or saved or [f"simple_{dataset}"]
     args.denoiser = args.denoiser or args.encoders[-1]
     denoiser = util.load_model(args.out, args.denoiser, "autoencoder")
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)

@@ -518,7 +518,7 @@ def parse_args(argv=None):
             type=util.run_name,
             nargs="+",
             metavar="NAME",
-            help="runs that denoise the test images (default: every one in models/)",
+            help="runs that denoise the test images (default: simple_DATASET and stacked_DATASET, if there)",
         )
         verb.add_argument(
             "--features",
@@ -535,7 +535,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.denoisers is None:
-        args.denoisers = util.saved_runs(args.out, "autoencoder")
+        args.denoisers = util.denoiser_runs(args.out, dataset_name(args.dataset), "autoencoder")
     denoisers = {name: util.load_model(args.out, name, "autoencoder") for name in args.denoisers}
     represent = representation(args)
     if args.verb == "evaluate":

@@ -753,6 +753,12 @@ def saved_runs(out, part=None):
     return [name for name in names if not name.startswith(PARTS)]
 
 
+def denoiser_runs(out, dataset, part):
+    """Names of a data set's denoisers by default, `simple_DATASET` and `stacked_DATASET`, that are saved."""
+    saved = saved_runs(out, part)
+    return [run for kind in ("simple", "stacked") if (run := f"{kind}_{dataset}") in saved]
+
+
 def load_model(out, run, part=None, precision="float32"):
     """Load a saved model and verify it against the run record.
 

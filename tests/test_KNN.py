@@ -167,14 +167,6 @@ def test_unlabelled_images_are_clustered_from_their_file(trained_copy, tmp_path,
     assert np.load(trained_copy / f"models/kmeans_k_{NAME}_labels.npy").shape == (40,)
 
 
-def test_default_encoders_are_those_that_are_saved(tmp_path):
-    assert KNN.default_encoders(tmp_path, "photos") == ["simple_photos"]
-    (tmp_path / "models").mkdir()
-    for kind in ("simple", "stacked"):
-        (tmp_path / f"models/encoder_{kind}_photos.json").write_text("{}")
-    assert KNN.default_encoders(tmp_path, "photos") == ["simple_photos", "stacked_photos"]
-
-
 WRONG_USAGE = (
     "--clusters=1, --pooling=-1, --sigmas -5, --sigmas nan, --encoders a/b, --encoders, --name=, --unknown"
 )

@@ -277,6 +277,14 @@ def test_shipped_model_loads_with_keras_alone_even_an_older_one(name):
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
+def test_denoisers_by_default_are_those_of_the_data_set_that_are_saved(tmp_path):
+    assert util.denoiser_runs(tmp_path, "photos", "encoder") == []
+    (tmp_path / "models").mkdir()
+    for name in ("stacked_photos", "simple_photos", "simple_cifar10", "stacked_photographs"):
+        (tmp_path / f"models/encoder_{name}.json").write_text("{}")
+    assert util.denoiser_runs(tmp_path, "photos", "encoder") == ["simple_photos", "stacked_photos"]
+
+
 def test_weights_are_saved_as_float16_where_that_can_hold_them(tmp_path):
     model = small_model()
     kernel, bias, *others = model.get_weights()
