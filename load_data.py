@@ -136,7 +136,7 @@ class Data:
         return "unlabeled" if "unlabeled" in self.images else "train"
 
     def sample(self, split, count):
-        """The first `count` images of a split, in memory."""
+        """The first `count` images of a split."""
         return np.ascontiguousarray(self.images[split][:count])
 
 
@@ -347,7 +347,7 @@ def read_picture(path, as_grey=False):
     """
     pixels, _, _ = read_pixels(path)
     if pixels.dtype == np.uint16:
-        pixels = (pixels // 257).astype(np.uint8)
+        pixels = np.round(pixels / 257).astype(np.uint8)
     return pixels if as_grey else np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
