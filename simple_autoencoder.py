@@ -992,7 +992,7 @@ def cost(model):
 
 
 def evaluate_saved(args, labels):
-    """Evaluate saved models and add the result to the run record; draw it if the data are the training's.
+    """Evaluate saved models and add the result to the run record; draw it if it is what the training drew.
 
     Args:
         args: Arguments of the verb `evaluate`.
@@ -1008,7 +1008,8 @@ def evaluate_saved(args, labels):
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
         with util.publishing(args.out, args.name) as draft:
-            if record.get("data") == data.described["data"] and args.size in (None, trained_size):
+            same_data = record.get("data") == data.described["data"] and args.size in (None, trained_size)
+            if same_data and args.images == TEST_IMAGES:
                 draw_results(draft, args.name, models, *parts, data, posterior)
             util.write_record(draft, args.name, record | results)
 
