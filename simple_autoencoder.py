@@ -1352,8 +1352,10 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
     if args.verb == "train" and not (args.epochs or args.start):
         train.error("argument --epochs: 0 keeps what --start names; give one")
-    if args.verb == "evaluate" and args.noisy and not args.pictures:
-        evaluate.error("argument --noisy: give the clean pictures, too, with --pictures")
+    if args.verb == "evaluate" and not args.pictures:
+        for option in ("noisy", "noise", "save", "samples"):
+            if getattr(args, option) != evaluate.get_default(option):
+                evaluate.error(f"argument --{option}: of --pictures only; give them, too")
     return args
 
 

@@ -988,7 +988,8 @@ def test_real_pairs_are_measured_by_their_names(test_set, tmp_path):
     ("arguments", "told"),
     [
         (["--noise", "pink"], "invalid choice: 'pink'"),
-        (["--noisy", "x"], "argument --noisy: give the clean pictures, too"),
+        (["--noisy", "x"], "argument --noisy: of --pictures only"),
+        (["--noise", "camera"], "argument --noise: of --pictures only"),
         (["--samples", "-1"], "-1 is not from 0"),
     ],
 )
