@@ -1014,6 +1014,16 @@ def evaluate_saved(args, labels):
             util.write_record(draft, args.name, record | results)
 
 
+def root_mean_square(errors):
+    """Root mean square of an array."""
+    return math.sqrt(np.square(errors, dtype=np.float64).mean())
+
+
+def psnr_of(error):
+    """PSNR in dB of a root mean square error in grey levels; infinite where there is none."""
+    return 20 * math.log10(255 / error) if error else math.inf
+
+
 def read_test_picture(path):
     """A picture of a test set, uint8 (H, W, 3), or (H, W, 1) of a grey one.
 
@@ -1087,7 +1097,7 @@ def picture_row(clean, noisy, models, samples):
             outputs[label] = output
     if samples:
         true = np.abs(clean - outputs[""].astype(np.float32))
-        row["expected PSNR"] = -10 * math.log10(np.square(errors / 255, dtype=np.float64).mean())
+        row["expected PSNR"] = psnr_of(root_mean_square(errors))
         # 0.9 if errors are Gaussian and as large as expected
         row["below 1.645 expected errors"] = float((true <= INTERVALS[0.9] * errors[..., None]).mean())
     return row, outputs[""]
@@ -1161,8 +1171,8 @@ def denoise_file(source, target, args, models):
     if posterior:
         brightness = np.minimum(np.round(DEVIATION_SCALE * errors), 255).astype(np.uint8)
         write_pixels(deviation_path(target), brightness[..., None])
-        error = math.sqrt(np.square(errors, dtype=np.float64).mean())
-        message += f", expected error {error:.2f} grey levels, PSNR {20 * math.log10(255 / error):.2f} dB"
+        error = root_mean_square(errors)
+        message += f", expected error {error:.2f} grey levels, PSNR {psnr_of(error):.2f} dB"
     print(f"{message}, {time.monotonic() - started:.1f} s", flush=True)
 
 

@@ -997,6 +997,13 @@ def test_wrong_usage_of_a_test_set(arguments, told):
     assert told in usage_error(simple.parse_args, ["evaluate", *arguments])
 
 
+def test_psnr_of_no_error_is_infinite():
+    assert simple.psnr_of(simple.root_mean_square(np.full((4, 4), 2.55, np.float16))) == pytest.approx(
+        40, abs=0.01
+    )
+    assert simple.psnr_of(simple.root_mean_square(np.zeros((4, 4), np.float16))) == np.inf
+
+
 def test_folder_without_pictures_is_told(test_set, tmp_path):
     (tmp_path / "empty").mkdir()
     arguments = ["evaluate", "--pictures", str(tmp_path / "empty"), "--name", NAME, "--out", str(test_set[1])]
