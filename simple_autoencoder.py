@@ -1043,15 +1043,19 @@ def picture_pairs(folder, noisy_folder):
         Name, clean and noisy picture, uint8 arrays of one shape.
 
     Raises:
-        DataError: a picture without a partner, or of another size than its partner.
+        DataError: a picture without a partner, with two, or of another size than its partner.
     """
-    clean, noisy = (
-        {path.relative_to(place).with_suffix("").as_posix(): path for path in image_files(place)}
-        for place in (folder, noisy_folder)
-    )
-    for name in sorted(clean.keys() ^ noisy.keys()):
-        place = noisy_folder if name in clean else folder
-        raise DataError(f"{place}: has no picture named {name}, as the other folder does; add or remove it")
+    clean, noisy = {}, {}
+    for named, place in ((clean, folder), (noisy, noisy_folder)):
+        for path in image_files(place):
+            name = path.relative_to(place).with_suffix("").as_posix()
+            if name in named:
+                raise DataError(f"{path}: of the same name as {named[name]}; remove one")
+            named[name] = path
+    if unmatched := sorted(clean.keys() ^ noisy.keys()):
+        place = noisy_folder if unmatched[0] in clean else folder
+        message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
+        raise DataError(f"{place}: {message}")
     for name, path in clean.items():
         pair = read_test_picture(path), read_test_picture(noisy[name])
         if pair[0].shape != pair[1].shape:

@@ -979,7 +979,11 @@ def test_real_pairs_are_measured_by_their_names(test_set, tmp_path):
     assert (
         told == f"{tmp_path}/noisy/a.tif: of another size than its partner (33x40x3 and 30x40x3); remove one"
     )
-    (tmp_path / "noisy/a.tif").unlink()
+    iio.imwrite(tmp_path / "noisy/a.png", random_images(30, 40, 3))
+    told = told_line(simple.main, [*map(str, arguments)])
+    assert told == f"{tmp_path}/noisy/a.tif: of the same name as {tmp_path}/noisy/a.png; remove one"
+    for path in tmp_path.glob("noisy/a.*"):
+        path.unlink()
     told = told_line(simple.main, [*map(str, arguments)])
     assert told == f"{tmp_path}/noisy: has no picture named a, as the other folder does; add or remove it"
 
