@@ -87,7 +87,7 @@ FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
 UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
-LABELS = ("clean", "noisy", "pixels", "PCA")  # of tables and figures, beside names of runs
+LABELS = ("sigma", "clean", "noisy", "pixels", "PCA")  # of tables and figures, beside names of runs
 LARGEST_WEIGHT = 1e6  # of a saved model
 NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
 # arguments that may change when a run is resumed
@@ -146,7 +146,9 @@ def add_precision_option(parser):
 
 def add_saved_run_options(parser):
     """Add the options that say which saved run a verb works on."""
-    parser.add_argument("--name", type=run_name, help="run to evaluate (default: by the data set)")
+    parser.add_argument(
+        "--name", type=run_name, help="run to evaluate (default: by the data set, or the one for pictures)"
+    )
     parser.add_argument("--out", type=given_path, default=HERE, help="where models/, weights/ and logs/ are")
 
 
@@ -1654,7 +1656,7 @@ def pool(maps, side):
         length = maps.shape[axis]
         edges = np.linspace(0, length, min(side, length) + 1).round().astype(int)
         sums = np.add.reduceat(maps, edges[:-1], axis=axis)
-        maps = sums / np.diff(edges).reshape([-1 if a == axis else 1 for a in range(4)])
+        maps = sums / np.diff(edges).astype(maps.dtype).reshape([-1 if a == axis else 1 for a in range(4)])
     return maps
 
 
