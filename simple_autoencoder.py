@@ -402,7 +402,7 @@ class Frames(keras.callbacks.Callback):
             self.on_epoch_end(-1)
 
     def on_epoch_end(self, epoch, logs=None):
-        denoised = self.model.predict_on_batch(self.noisy)[0]
+        denoised = ops.convert_to_numpy(self.model(self.noisy)[0])
         with util.atomic(self.folder / f"{self.epochs_before + epoch + 1:04d}.npy") as path:
             np.save(path, util.to_uint8(denoised))
 
