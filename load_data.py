@@ -343,7 +343,7 @@ def read_picture(path, as_grey=False):
         as_grey: Leave a grey picture grey, (H, W, 1).
 
     Raises:
-        OSError: not an image that `read_pixels` reads.
+        OSError: as `read_pixels` does.
     """
     pixels, _, _ = read_pixels(path)
     if pixels.dtype == np.uint16:
@@ -360,8 +360,20 @@ def read_pixels(path):
         `icc_profile` and `exif`, bytes, the latter without the orientation; and `dpi`, its resolution.
 
     Raises:
-        OSError: not a PNG, JPEG, TIFF or WebP file, or of a kind that is rare among them.
+        OSError: the file cannot be opened.
+        DataError: not a PNG, JPEG, TIFF or WebP file, damaged, or of a kind that is rare among them.
     """
+    try:
+        return _decoded(path)
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):
+            raise
+        message = f"{path}: not a readable image ({first_line(error)}); convert it to plain PNG"
+        raise DataError(message) from None
+
+
+def _decoded(path):
+    """What `read_pixels` returns."""
     if not Path(path).is_file():  # a pipe could wait for ever
         raise OSError("no such file, or none of the regular kind")
     with Image.open(path, formats=FORMATS) as image:
@@ -692,10 +704,10 @@ def _readable_picture(path):
     """The picture in a file; an unreadable file is named and gives an empty picture."""
     try:
         return read_picture(path)
-    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        if getattr(error, "errno", None) or isinstance(error, MemoryError):
-            raise  # mended later, it would stay left out of the cache
-        print(f"{path}: left out, not a readable image ({first_line(error)})", flush=True)
+    except (
+        DataError
+    ) as error:  # one that cannot be opened stops: mended later, it would be missing in the cache
+        print(f"Left out: {error}", flush=True)
         return np.empty((0, 0, 3), np.uint8)
 
 

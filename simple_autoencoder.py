@@ -1024,18 +1024,6 @@ def psnr_of(error):
     return 20 * math.log10(255 / error) if error else math.inf
 
 
-def read_test_picture(path):
-    """A picture of a test set, uint8 (H, W, 3), or (H, W, 1) of a grey one.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return read_picture(path, as_grey=True)
-    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        raise DataError(f"{path}: not a readable image ({util.first_line(error)}); remove it") from None
-
-
 def picture_pairs(folder, noisy_folder):
     """Pictures and noisy versions of them, by the names of their files.
 
@@ -1057,7 +1045,7 @@ def picture_pairs(folder, noisy_folder):
         message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
         raise DataError(f"{place}: {message}")
     for name, path in clean.items():
-        pair = read_test_picture(path), read_test_picture(noisy[name])
+        pair = read_picture(path, as_grey=True), read_picture(noisy[name], as_grey=True)
         if pair[0].shape != pair[1].shape:
             sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
             raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
@@ -1073,7 +1061,7 @@ def pictures_with_noise(folder, kind, sigma):
         Name, clean picture, uint8, and noisy picture, float32.
     """
     for path in image_files(folder):
-        clean = read_test_picture(path)
+        clean = read_picture(path, as_grey=True)
         if kind != "white":  # the others need three channels
             clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
         noisy = add_noise(clean[None], sigma, kind=kind)[0]
@@ -1161,13 +1149,7 @@ def denoise_file(source, target, args, models):
 
     check_free()
     started = time.monotonic()
-    try:
-        pixels, alpha, metadata = read_pixels(source)
-    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        if getattr(error, "errno", None) or isinstance(error, MemoryError):
-            raise
-        message = f"{source}: not a readable image ({util.first_line(error)}); convert it to plain PNG"
-        raise DataError(message) from None
+    pixels, alpha, metadata = read_pixels(source)
     denoised, errors = util.denoise_picture(autoencoder, pixels, args.strength, posterior, args.samples)
     check_free()  # another process may have been faster
     write_pixels(target, denoised, alpha, metadata)

@@ -355,7 +355,7 @@ def test_pictures_beside_subfolders_are_a_class_and_hidden_ones_none(folder, tmp
 def test_unreadable_picture_in_a_folder_is_named_and_left_out(folder, tmp_path, capsys):
     (folder / "dogs" / "broken.png").write_text("no picture")
     load_data.load_data(str(folder), tmp_path / "data", size=32)
-    assert f"{folder / 'dogs' / 'broken.png'}: left out" in capsys.readouterr().out
+    assert f"Left out: {folder / 'dogs' / 'broken.png'}: not a readable image" in capsys.readouterr().out
 
 
 def test_folder_without_use_is_told(tmp_path):
@@ -745,5 +745,5 @@ def test_names_that_are_no_ascii_in_an_ascii_locale(tmp_path):
     process = start("load_data.py", *arguments, env=environment, cwd="/", errors="replace")
     printed, err = process.communicate()
     assert (process.returncode, without_greeting(err)) == (0, "")
-    assert printed.count("left out, not a readable image") == 3
+    assert printed.count("Left out: ") == 3
     assert len(list((tmp_path / "figures").iterdir())) == 1
