@@ -468,11 +468,12 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     images = whole_cells(data.images[data.denoiser_split], cell)
     batches = Batches(images, args.batch_size, args.seed, args.noise, args.sigma)
     validation = validation_pair(whole_cells(data.images["validation"], cell), args)
-    rate = args.learning_rate if vae.monitor == "val_psnr" else DETAIL_LEARNING_RATE
+    is_detail = isinstance(vae, DetailVAE)
+    rate = DETAIL_LEARNING_RATE if is_detail else args.learning_rate
     vae.compile(optimizer=build_optimizer(rate, epochs * len(batches)))
     vae(validation[0][:1])
     callbacks = [EpochStart(batches, epochs_before)]
-    if vae.monitor == "val_psnr":
+    if not is_detail:  # which changes no denoised image
         callbacks.append(Frames(folder / "frames", gif_images(data, cell)[1], epochs_before))
     rows = util.fit(vae, batches, validation, epochs, folder, vae.monitor, callbacks, stage)
     return [{"stage": stage} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
