@@ -917,11 +917,10 @@ def developed(images, noise, rng):
 
 
 def without_grain(images):
-    """Images (N, H, W, 3) in [0, 1], H and W even; those with noise of their own at half the size.
+    """Images (N, H, W, 3) in [0, 1], H and W even; a grainy one at half its size, mirrored to fill the frame.
 
-    Photographs pass for clean that often have as much noise as is to be removed. The mean of 2x2 pixels has
-    less; mirrored, it fills the frame. An image's own noise is what its calmest 8x8 pixels have; where that
-    is more than noise would be, they are texture, and the image stays.
+    Many photographs that are taken as clean have as much grain as is to be removed; means of 2x2 pixels have
+    less. An image's grain is what its calmest 8x8 pixels have, unless that is so much that they are texture.
     """
     steps = np.diff(255 * (images @ np.array(LUMA, np.float32)), axis=2)
     power = uniform_filter(np.square(steps), (0, 8, 8)).min(axis=(1, 2)) / 2
