@@ -20,6 +20,7 @@ Kingma, Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 """
 
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -88,6 +89,7 @@ POSTERIOR_PIXELS, POSTERIOR_SAMPLES = 256_000, 64  # pixels of 250 images of CIF
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
 INTERVALS = {0.5: 0.6745, 0.9: 1.645}  # half the width of a Gaussian's central intervals, in deviations
 SHOWN_DRAWS = 3
+CALIBRATION_IMAGES, CALIBRATION_SAMPLES, CALIBRATION_SIGMAS = 500, 8, 4
 FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
@@ -480,7 +482,7 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
 
 
 def fit_detail(vae, detail, data, args, epochs_before):
-    """Train the detail code of a trained `vae`.
+    """Train the detail code of a trained `vae`, then calibrate it.
 
     Args:
         vae: Trained `DenoisingVAE`; stays as it is.
@@ -494,8 +496,41 @@ def fit_detail(vae, detail, data, args, epochs_before):
     """
     trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, seed=args.seed)
     rows = fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
+    if rows:
+        joined = join_encoders(vae.encoder, detail[0]), join_decoders(vae.decoder, detail[1])
+        ratio = calibrate(*joined, data.sample("validation", CALIBRATION_IMAGES), args)
+        print(f"Spread/skill on validation images was {ratio:.3f}: the draws' deviations are divided by it.")
     vae.encoder.trainable = vae.decoder.trainable = True  # as others will want to train what is saved
     return rows
+
+
+def calibrate(encoder, decoder, clean, args):
+    """Scale the deviations of the detail codes by one number, so that spread/skill is 1 on average.
+
+    Training patches are cut from smaller copies of photographs, too, and so have more detail than whole
+    photographs; an error of a few percent is left of the training itself. Detail decoders have no biases, so
+    that draws deviate by as much less as their codes do: the number goes to the biases of the log-variances.
+    As temperature scaling does: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+
+    Args:
+        encoder, decoder: Joined models; the encoder is changed.
+        clean: Validation images, uint8 array (N, H, W, 3).
+        args: Arguments of the run, whose noise is added, by strengths over the whole range.
+
+    Returns:
+        Spread/skill before, the geometric mean over strengths and sides of blocks.
+    """
+    kind = "white" if "white" in args.noise else max(args.noise, key=args.noise.get)
+    models = util.portable_copy(encoder), util.portable_copy(decoder)
+    logs = []
+    for sigma in np.linspace(*args.sigma, CALIBRATION_SIGMAS + 1)[1:]:
+        measured = measure_posterior(*models, clean, sigma, CALIBRATION_SAMPLES, kind=kind)
+        ratios = [row["spread/skill"] for row in calibration_rows(measured, sigma)]
+        logs += [math.log(ratio) for ratio in ratios if 0 < ratio < math.inf]  # none of a black image
+    for weight in encoder.weights:
+        if re.search("detail[0-9]*_log_var/bias$", weight.path):
+            weight.assign(weight - 2 * np.mean(logs or [0]))
+    return math.exp(np.mean(logs or [0]))
 
 
 def load_start(args, encoder, decoder):
@@ -656,7 +691,7 @@ def compare_draws(clean, draws):
     return {key: value.ravel() for key, value in compared.items()}
 
 
-def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES, at_once=25):
+def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES, at_once=25, kind="white"):
     """Measure draws of the posterior by the protocol's noise.
 
     Args:
@@ -665,6 +700,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
         sigma: Of the noise, on the 0-255 scale.
         samples: Draws of each image.
         at_once: Images computed at a time.
+        kind: Of the noise.
 
     Returns:
         Dict: by block side in pixels what `compare_draws` returns, and by name arrays (N,): PSNR in dB of the
@@ -677,7 +713,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
     at_once = max(1, min(at_once, at_once * 48**2 // pixels))  # draws of larger images take gigabytes
     for start in range(0, len(clean), at_once):
         images = clean[start : start + at_once]
-        noisy = add_noise(images, sigma, rng)
+        noisy, images = add_noise(images, sigma, rng, kind), clean_of(images, kind)
         mean, draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
         measured = {
             side: compare_draws(block_means(util.to_float(images), side), block_means(draws, side))

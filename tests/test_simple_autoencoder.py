@@ -228,6 +228,22 @@ def test_draws_of_a_deviation_of_their_own_are_found_to_have_it(factor, share, e
     assert histogram["means of 8x8"][1][0] == pytest.approx(ends, abs=0.15)
 
 
+def test_draws_are_calibrated_by_one_number():
+    _, encoder, decoder = joined_models()
+    clean, args = random_images(40, 16, 16, 3), Namespace(sigma=(0, 40), noise={"white": 1.0})
+    noisy = clean[:1] / np.float32(255)
+    before = encoder.predict(noisy, verbose=0)
+    ratio = simple.calibrate(encoder, decoder, clean, args)
+    assert abs(np.log(ratio)) > 0.1
+    after = encoder.predict(noisy, verbose=0)
+    for index in range(3):
+        np.testing.assert_array_equal(before[index], after[index])
+    np.testing.assert_allclose(after[3], before[3] - 2 * np.log(ratio), atol=1e-5)
+    # the mean of draws moves a little with their deviation
+    again = [simple.calibrate(encoder, decoder, clean, args) for _ in range(4)]
+    assert again[-1] == pytest.approx(1, abs=0.03)
+
+
 def test_posterior_is_measured_as_by_a_plain_loop():
     autoencoder, encoder, decoder = joined_models()
     clean = random_images(3, 8, 8, 3)
