@@ -89,7 +89,8 @@ POSTERIOR_PIXELS, POSTERIOR_SAMPLES = 256_000, 64  # pixels of 250 images of CIF
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
 INTERVALS = {0.5: 0.6745, 0.9: 1.645}  # half the width of a Gaussian's central intervals, in deviations
 SHOWN_DRAWS = 3
-CALIBRATION_IMAGES, CALIBRATION_SAMPLES, CALIBRATION_SIGMAS = 500, 8, 4
+CALIBRATION_IMAGES, CALIBRATION_SAMPLES = 500, 8
+CALIBRATION_PARTS = 4  # of the range of strengths, which count alike
 FEATURE_MAP_TRAIN_IMAGES = 5000
 
 # one's own pictures
@@ -507,30 +508,31 @@ def fit_detail(vae, detail, data, args, epochs_before):
 def calibrate(encoder, decoder, clean, args):
     """Scale the deviations of the detail codes by one number, so that spread/skill is 1 on average.
 
-    Training patches are cut from smaller copies of photographs, too, and so have more detail than whole
-    photographs; an error of a few percent is left of the training itself. Detail decoders have no biases, so
-    that draws deviate by as much less as their codes do: the number goes to the biases of the log-variances.
-    As temperature scaling does: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    Detail decoders have no biases, so that draws deviate by as much less as their codes do; the number goes
+    to the biases of the log-variances. As temperature scaling does: Guo et al., "On Calibration of Modern
+    Neural Networks", ICML 2017.
 
     Args:
         encoder, decoder: Joined models; the encoder is changed.
-        clean: Validation images, uint8 array (N, H, W, 3).
-        args: Arguments of the run, whose noise is added, by strengths over the whole range.
+        clean: Validation images, uint8 array (N, H, W, 3), N at least CALIBRATION_PARTS.
+        args: Arguments of the run, whose kinds and strengths of noise are added.
 
     Returns:
         Spread/skill before, the geometric mean over strengths and sides of blocks.
     """
-    kind = "white" if "white" in args.noise else max(args.noise, key=args.noise.get)
     models = util.portable_copy(encoder), util.portable_copy(decoder)
-    logs = []
-    for sigma in np.linspace(*args.sigma, CALIBRATION_SIGMAS + 1)[1:]:
-        measured = measure_posterior(*models, clean, sigma, CALIBRATION_SAMPLES, kind=kind)
-        ratios = [row["spread/skill"] for row in calibration_rows(measured, sigma)]
-        logs += [math.log(ratio) for ratio in ratios if 0 < ratio < math.inf]  # none of a black image
+    pair = validation_pair(whole_cells(clean, util.stride(encoder)), args)
+    ratios = []
+    for noisy, target in zip(*(np.array_split(images, CALIBRATION_PARTS) for images in pair), strict=True):
+        _, draws = decoded_draws(*models, noisy, CALIBRATION_SAMPLES)
+        for side in CRPS_WEIGHTS:
+            compared = compare_draws(block_means(target, side), block_means(draws, side))
+            ratios.append(spread_to_skill(compared, CALIBRATION_SAMPLES))
+    ratio = math.exp(np.mean(np.log([ratio for ratio in ratios if 0 < ratio < math.inf] or [1])))
     for weight in encoder.weights:
         if re.search("detail[0-9]*_log_var/bias$", weight.path):
-            weight.assign(weight - 2 * np.mean(logs or [0]))
-    return math.exp(np.mean(logs or [0]))
+            weight.assign(weight - 2 * math.log(ratio))
+    return ratio
 
 
 def load_start(args, encoder, decoder):
@@ -691,7 +693,7 @@ def compare_draws(clean, draws):
     return {key: value.ravel() for key, value in compared.items()}
 
 
-def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES, at_once=25, kind="white"):
+def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES, at_once=25):
     """Measure draws of the posterior by the protocol's noise.
 
     Args:
@@ -700,7 +702,6 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
         sigma: Of the noise, on the 0-255 scale.
         samples: Draws of each image.
         at_once: Images computed at a time.
-        kind: Of the noise.
 
     Returns:
         Dict: by block side in pixels what `compare_draws` returns, and by name arrays (N,): PSNR in dB of the
@@ -713,7 +714,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
     at_once = max(1, min(at_once, at_once * 48**2 // pixels))  # draws of larger images take gigabytes
     for start in range(0, len(clean), at_once):
         images = clean[start : start + at_once]
-        noisy, images = add_noise(images, sigma, rng, kind), clean_of(images, kind)
+        noisy = add_noise(images, sigma, rng)
         mean, draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
         measured = {
             side: compare_draws(block_means(util.to_float(images), side), block_means(draws, side))
@@ -732,17 +733,22 @@ def covered(compared, samples, width):
     return np.abs(compared["error"]) <= width * math.sqrt(1 + 1 / samples) * compared["deviation"]
 
 
+def spread_to_skill(compared, samples):
+    """Root mean square of the draws' deviation over that of their mean's error, 1 if they are calibrated."""
+    variance = np.square(compared["deviation"]).mean(dtype=np.float64) * (1 + 1 / samples)
+    error = np.square(compared["error"]).mean(dtype=np.float64)
+    return math.sqrt(variance / error) if error else math.inf
+
+
 def calibration_rows(measured, sigma):
     """Rows of the table of calibration, one for each block side; `measured` by `measure_posterior`."""
     rows, samples = [], measured["samples"]
     for side in CRPS_WEIGHTS:
         compared = measured[side]
-        variance = np.square(compared["deviation"]).mean(dtype=np.float64) * (1 + 1 / samples)
-        error = np.square(compared["error"]).mean(dtype=np.float64)
         inside = {share: covered(compared, samples, width) for share, width in INTERVALS.items()}
         tenths = np.array_split(inside[0.9][np.argsort(compared["deviation"])], 10)
         rows.append(
-            {"sigma": sigma, "block": f"{side}x{side}", "spread/skill": math.sqrt(variance / error)}
+            {"sigma": sigma, "block": f"{side}x{side}", "spread/skill": spread_to_skill(compared, samples)}
             | {f"{share:.0%} covers": float(values.mean()) for share, values in inside.items()}
             | {"worst tenth": float(min(values.mean() for values in tenths))}
             | {"CRPS": 255 * float(compared["crps"].mean(dtype=np.float64))}
