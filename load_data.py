@@ -704,9 +704,7 @@ def _readable_picture(path):
     """The picture in a file; an unreadable file is named and gives an empty picture."""
     try:
         return read_picture(path)
-    except (
-        DataError
-    ) as error:  # one that cannot be opened stops: mended later, it would be missing in the cache
+    except DataError as error:  # what cannot be opened now is raised: the cache would lack it for ever
         print(f"Left out: {error}", flush=True)
         return np.empty((0, 0, 3), np.uint8)
 

@@ -471,9 +471,10 @@ def test_evaluate_from_elsewhere_prints_records_and_draws_what_the_training_did(
         np.testing.assert_array_equal(iio.imread(trained_copy / figure), iio.imread(trained.out / figure))
 
 
-def test_evaluate_draws_nothing_of_images_of_another_size(trained_copy):
+@pytest.mark.parametrize("option", ["--size=32", "--images=2"])
+def test_evaluate_draws_nothing_of_other_images(option, trained_copy):
     figures = {path: path.read_bytes() for path in trained_copy.glob("figures/*")}
-    printed_by(simple, "evaluate", "--dataset=photos", "--size=32", "--images=2", "--out", trained_copy)
+    printed_by(simple, "evaluate", "--dataset=photos", option, "--out", trained_copy)
     assert {path: path.read_bytes() for path in trained_copy.glob("figures/*")} == figures
 
 
