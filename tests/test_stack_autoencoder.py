@@ -201,7 +201,7 @@ def test_picture_is_sampled_from_the_command_line(stacked, tmp_path):
 
 
 def test_images_that_are_no_whole_cells(trained_copy, monkeypatch):
-    monkeypatch.setattr(simple, "write_figures", lambda *_: None)
+    monkeypatch.setattr(simple, "draw_results", lambda *_: None)
     options = ["--size=26", "--epochs=1", "--detail-epochs=0", "--out", trained_copy]
     printed_by(stack, *TINY, *options)
     model = util.load_model(trained_copy, STACKED, "autoencoder")
