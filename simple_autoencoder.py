@@ -482,12 +482,13 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     return [{"stage": stage} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
 
 
-def fit_detail(vae, detail, data, args, epochs_before):
+def fit_detail(vae, detail, joined, data, args, epochs_before):
     """Train the detail code of a trained `vae`, then calibrate it.
 
     Args:
         vae: Trained `DenoisingVAE`; stays as it is.
         detail: Detail encoder and detail decoder.
+        joined: Encoder and decoder of all codes.
         data: `load_data.Data`.
         args: Arguments of the run.
         epochs_before: Epochs of earlier stages.
@@ -498,7 +499,6 @@ def fit_detail(vae, detail, data, args, epochs_before):
     trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, seed=args.seed)
     rows = fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
     if rows:
-        joined = join_encoders(vae.encoder, detail[0]), join_decoders(vae.decoder, detail[1])
         ratio = calibrate(*joined, data.sample("validation", CALIBRATION_IMAGES), args)
         print(f"Spread/skill on validation images was {ratio:.3f}: the draws' deviations are divided by it.")
     vae.encoder.trainable = vae.decoder.trainable = True  # as others will want to train what is saved
@@ -570,7 +570,7 @@ def train(args, data):
         start_as_identity(encoder, decoder)
     vae = DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
     rows += fit_stage(vae, data, args, "z", args.epochs)
-    rows += fit_detail(vae, detail, data, args, len(rows))
+    rows += fit_detail(vae, detail, joined, data, args, len(rows))
     return *joined, build_autoencoder(encoder, decoder), rows
 
 

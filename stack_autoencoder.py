@@ -204,7 +204,7 @@ def train(args, data, base):
         if kept != list(weights)[-1]:
             print("The joint stage has not gained: the weights of the greedy stage are kept.")
             vae.set_weights(weights[kept])
-    rows += simple.fit_detail(vae, detail, data, args, len(rows))
+    rows += simple.fit_detail(vae, detail, joined, data, args, len(rows))
     record = {"base": base, "validation_psnr": stages, "best": best}
     return *joined, simple.build_autoencoder(encoder, decoder), rows, record
 
