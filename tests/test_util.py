@@ -690,6 +690,13 @@ def test_validation_that_is_not_a_number_stops_before_it_is_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_loss_that_is_not_a_number_stops_amid_an_epoch(tmp_path):
+    checkpoint = checkpoint_of(tmp_path)
+    checkpoint.on_train_batch_end(0, {"loss": 1.0})
+    with pytest.raises(FloatingPointError, match="loss is nan at batch 101"):
+        checkpoint.on_train_batch_end(100, {"loss": np.float32("nan")})
+
+
 def test_a_stage_gets_no_more_epochs_when_a_later_one_has_begun(tmp_path):
     images = random_images(4, 8, 8, 3) / np.float32(255)
 
