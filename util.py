@@ -1237,6 +1237,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1} | {key: float(value) for key, value in (logs or {}).items()}
         row["seconds"] = round(time.monotonic() - self._started, 1)
+        row["hardware"] = environment()["hardware"]  # a run may be resumed on another machine
         if not np.isfinite(row[self.monitor]):
             raise FloatingPointError(f"{self.monitor} is {row[self.monitor]} after epoch {epoch + 1}")
         if best_row([*self.rows, row], self.monitor) is row:

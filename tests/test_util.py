@@ -642,7 +642,7 @@ def test_checkpoint_keeps_best_and_last(tmp_path):
         )
         checkpoint.on_epoch_begin(epoch)
         checkpoint.on_epoch_end(epoch, {"val_psnr": psnr})
-    assert (tmp_path / "epochs.csv").read_text().startswith("epoch,val_psnr,seconds\n1,20.0,")
+    assert (tmp_path / "epochs.csv").read_text().startswith("epoch,val_psnr,seconds,hardware\n1,20.0,")
     resumed = checkpoint_of(tmp_path)
     assert resumed.restore() == 3
     assert [row["val_psnr"] for row in resumed.rows] == [20, 30, 25]
