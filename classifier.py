@@ -136,7 +136,7 @@ class LabelledBatches(Batches):
         self.mirrored_first = np.random.default_rng(seed).random(len(images)) < 0.5
         super().__init__(images, batch_size, seed)
 
-    def __getitem__(self, index):
+    def prepare(self, index):
         chosen, batch = self.take(index)
         if batch.dtype == np.uint8:
             mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)

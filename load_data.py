@@ -19,6 +19,7 @@ import mmap
 import os
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from util import (
     first_line,
     format_table,
     given_path,
+    gpus,
     number,
     progress,
     psnr,
@@ -1059,7 +1061,8 @@ class Batches(keras.utils.PyDataset):
     in the images, and sigma is 0.
 
     What is drawn depends on seed, epoch and position alone, so that a resumed training sees what an
-    uninterrupted one would have seen. Images may be memory-mapped and larger than memory.
+    uninterrupted one would have seen. Images may be memory-mapped and larger than memory. Where a GPU
+    trains, all cores prepare the next batches.
 
     Args:
         images: uint8 array (N, H, W, 3).
@@ -1074,17 +1077,27 @@ class Batches(keras.utils.PyDataset):
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
         self.noise, self.sigma = dict(noise), sigma
         self._mapped = _memory_map(images)
+        self._pool = ThreadPoolExecutor(os.cpu_count()) if gpus() else None
         self.go_to(0)
 
     def go_to(self, epoch):
         """Shuffle as for `epoch`, counted from 0."""
-        self.epoch = epoch
+        self.epoch, self._coming = epoch, {}
         self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
 
     def __len__(self):
         return len(self.images) // self.batch_size
 
     def __getitem__(self, index):
+        if not self._pool:
+            return self.prepare(index)
+        for ahead in range(index, min(index + 2 * os.cpu_count(), len(self))):
+            if ahead not in self._coming:
+                self._coming[ahead] = self._pool.submit(self.prepare, ahead)
+        return self._coming.pop(index).result()
+
+    def prepare(self, index):
+        """Compute a batch."""
         batch = self.take(index)[1]
         rng = np.random.default_rng((self.seed, self.epoch, index))
         mirrored = rng.random(len(batch)) < 0.5

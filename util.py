@@ -265,7 +265,14 @@ def fast_precision():
     with contextlib.suppress(OSError):
         if re.search(r"\bavx512_bf16\b|\bamx_bf16\b", Path("/proc/cpuinfo").read_text()):
             return "mixed_bfloat16"
-    return "mixed_bfloat16" if Path("/dev/nvidia0").exists() else "float32"
+    return "mixed_bfloat16" if gpus() else "float32"
+
+
+def gpus():
+    """Names of this machine's NVIDIA GPUs."""
+    listed = Path("/proc/driver/nvidia/gpus").glob("*/information")
+    named = [re.search(r"Model:\s*(.+)", path.read_text())[1] for path in listed]
+    return named or ["GPU"] * Path("/dev/nvidia0").exists()
 
 
 def run_script(main):
@@ -648,7 +655,7 @@ def environment():
     with contextlib.suppress(OSError, TypeError):
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     with contextlib.suppress(AttributeError):  # the torch backend of Keras lists no devices
-        cpu = f"{', '.join(keras.distribution.list_devices())}; {cpu}"
+        cpu = "; ".join([", ".join(keras.distribution.list_devices()), *gpus(), cpu])
     return {
         "python": platform.python_version(),
         "keras": keras.__version__,

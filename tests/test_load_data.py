@@ -10,6 +10,7 @@ from load_data import Batches, DataError, add_noise, read_cifar10_batch, read_pi
 from stl10_input import IMAGE_BYTES
 
 import imageio.v3 as iio
+import keras
 import numpy as np
 import pytest
 from conftest import (
@@ -427,6 +428,20 @@ def test_batches_cover_an_epoch_once_and_mirror_some():
         mirrored += (pixels[:, 0, -1, 0] >= 100).sum()
     assert len(set(seen)) == 9
     assert 0 < mirrored < 9
+
+
+def test_batches_prepared_ahead_for_a_gpu_are_the_same(monkeypatch):
+    images, noise = random_images(40, 12, 12, 3), {"white": 0.5, "camera": 0.5}
+    alone = Batches(images, 4, seed=1, noise=noise)
+    monkeypatch.setattr(load_data, "gpus", lambda: ["some"])
+    ahead = Batches(images, 4, seed=1, noise=noise)
+    assert ahead._pool
+    assert not alone._pool
+    for epoch, indices in enumerate(([0, 0, 1, 2], [*range(10)], [3, 1])):  # stopped, whole, in any order
+        alone.go_to(epoch)
+        ahead.go_to(epoch)
+        for index in indices:
+            keras.tree.map_structure(np.testing.assert_array_equal, ahead[index], alone[index])
 
 
 def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
