@@ -72,7 +72,7 @@ PHOTOS_CLASSES = ("china", "flower")
 BUILT_IN = ("cifar10", "stl10", "photos")
 
 SIGMAS = (15, 25, 35, 50, 75)  # of the protocol, on the 0-255 scale
-TEST_NOISE_SEED = 0
+TEST_NOISE_SEED, VALIDATION_NOISE_SEED = 0, 1
 SPLIT_SEED = 0
 PCA_VALUES = 20_000_000  # of the images that the printed PCA is fitted to, at most
 PATCH_SPLITS = ("train", "validation", "test")
@@ -746,6 +746,50 @@ def clean_of(images, kind):
     return np.broadcast_to(images.mean(axis=-1, keepdims=True).round().astype(np.uint8), images.shape)
 
 
+def picture_pairs(folder, noisy_folder):
+    """Pictures and noisy versions of them, by the names of their files.
+
+    Yields:
+        Name, clean and noisy picture, uint8 arrays of one shape.
+
+    Raises:
+        DataError: a picture without a partner, with two, or of another size than its partner.
+    """
+    clean, noisy = {}, {}
+    for named, place in ((clean, folder), (noisy, noisy_folder)):
+        for path in image_files(place):
+            name = path.relative_to(place).with_suffix("").as_posix()
+            if name in named:
+                raise DataError(f"{path}: of the same name as {named[name]}; remove one")
+            named[name] = path
+    if unmatched := sorted(clean.keys() ^ noisy.keys()):
+        place = noisy_folder if unmatched[0] in clean else folder
+        message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
+        raise DataError(f"{place}: {message}")
+    for name, path in clean.items():
+        pair = read_picture(path, as_grey=True), read_picture(noisy[name], as_grey=True)
+        if pair[0].shape != pair[1].shape:
+            sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
+            raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
+        yield name, *pair
+
+
+def pictures_with_noise(folder, kind, sigma):
+    """Pictures and noisy versions of them, with the protocol's noise, drawn anew for each picture.
+
+    A grey picture gets white noise of one channel, as in published tables of grey test sets.
+
+    Yields:
+        Name, clean picture, uint8, and noisy picture, float32.
+    """
+    for path in image_files(folder):
+        clean = read_picture(path, as_grey=True)
+        if kind != "white":  # the others need three channels
+            clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
+        noisy = add_noise(clean[None], sigma, kind=kind)[0]
+        yield path.relative_to(folder).with_suffix("").as_posix(), clean_of(clean[None], kind)[0], noisy
+
+
 # Kinds of noise: functions of clean images x, floats (N, H, W, 3) in [0, 1], of their sigma (N, 1, 1, 1) on
 # the 0-255 scale and of a Generator, to noisy images y. In formulas s is sigma / 255, n standard normal.
 
@@ -1051,6 +1095,24 @@ def training_pair(images, kind, at, sigma, rng):
         clean, (low, high) = without_grain(clean), np.clip(sigma, *CAMERA_SIGMA)
         strength = np.where(rng.random(at.shape) < NOISELESS, 0, low * (high / low) ** at)
     return NOISE_KINDS[kind](clean, strength, rng), clean
+
+
+def validation_pair(images, noise, sigma):
+    """Noisy and clean validation images, float32, always the same.
+
+    Args:
+        images: uint8 array (N, H, W, 3).
+        noise: Kinds of noise and their shares, as in the training.
+        sigma: Lowest and highest strength on the 0-255 scale; the images' are spread evenly between.
+    """
+    rng = np.random.default_rng(VALIDATION_NOISE_SEED)
+    at = np.linspace(0, 1, len(images)).reshape(-1, 1, 1, 1)
+    order = rng.permutation(len(images)) if len(noise) > 1 else np.arange(len(images))
+    bounds = np.round(np.cumsum(list(noise.values()))[:-1] * len(images)).astype(int)
+    noisy, clean = np.empty((2, *images.shape), np.float32)
+    for kind, chosen in zip(noise, np.split(order, bounds), strict=True):
+        noisy[chosen], clean[chosen] = training_pair(images[chosen], kind, at[chosen], sigma, rng)
+    return noisy, clean
 
 
 class Batches(keras.utils.PyDataset):

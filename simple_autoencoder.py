@@ -31,6 +31,7 @@ from load_data import (
     SIGMAS,
     SUFFIXES,
     TEST_NOISE_SEED,
+    VALIDATION_NOISE_SEED,
     Batches,
     DataError,
     NoiseShares,
@@ -39,12 +40,12 @@ from load_data import (
     clean_of,
     dataset_name,
     evenly,
-    image_files,
     load_data,
     parse_noise,
-    read_picture,
+    picture_pairs,
+    pictures_with_noise,
     read_pixels,
-    training_pair,
+    validation_pair,
     write_pixels,
 )
 
@@ -76,7 +77,6 @@ DETAIL_KL_WEIGHT, DETAIL_LEARNING_RATE = 1e-3, 1e-3
 CRPS_WEIGHTS = {1: 1.6, 2: 1.7, 4: 2.8, 8: 4.8}  # by side of a block: each adds about as much to the loss
 SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_LEVEL = 1 / 255
-VALIDATION_NOISE_SEED = 1  # the protocol's test noise has seed 0
 
 # what is measured and shown
 TEST_IMAGES = 1000
@@ -427,21 +427,6 @@ def whole_cells(images, cell):
     return images[:, :height, :width]
 
 
-def validation_pair(clean, args):
-    """Noisy and clean validation images, float32, always the same.
-
-    Their kinds of noise are those of the training, their strengths spread evenly over its range.
-    """
-    rng = np.random.default_rng(VALIDATION_NOISE_SEED)
-    at = np.linspace(0, 1, len(clean)).reshape(-1, 1, 1, 1)
-    order = rng.permutation(len(clean)) if len(args.noise) > 1 else np.arange(len(clean))
-    bounds = np.round(np.cumsum(list(args.noise.values()))[:-1] * len(clean)).astype(int)
-    noisy, target = np.empty((2, *clean.shape), np.float32)
-    for kind, chosen in zip(args.noise, np.split(order, bounds), strict=True):
-        noisy[chosen], target[chosen] = training_pair(clean[chosen], kind, at[chosen], args.sigma, rng)
-    return noisy, target
-
-
 def gif_images(data, cell):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
     clean = whole_cells(data.sample("validation", SHOWN), cell)
@@ -470,7 +455,7 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
     images = whole_cells(data.images[data.denoiser_split], cell)
     batches = Batches(images, args.batch_size, args.seed, args.noise, args.sigma)
-    validation = validation_pair(whole_cells(data.images["validation"], cell), args)
+    validation = validation_pair(whole_cells(data.images["validation"], cell), args.noise, args.sigma)
     is_detail = isinstance(vae, DetailVAE)
     rate = DETAIL_LEARNING_RATE if is_detail else args.learning_rate
     vae.compile(optimizer=build_optimizer(rate, epochs * len(batches)))
@@ -521,7 +506,7 @@ def calibrate(encoder, decoder, clean, args):
         Spread/skill before, the geometric mean over strengths and sides of blocks.
     """
     models = util.portable_copy(encoder), util.portable_copy(decoder)
-    pair = validation_pair(whole_cells(clean, util.stride(encoder)), args)
+    pair = validation_pair(whole_cells(clean, util.stride(encoder)), args.noise, args.sigma)
     ratios = []
     for noisy, target in zip(*(np.array_split(images, CALIBRATION_PARTS) for images in pair), strict=True):
         _, draws = decoded_draws(*models, noisy, CALIBRATION_SAMPLES)
@@ -1065,50 +1050,6 @@ def root_mean_square(errors):
 def psnr_of(error):
     """PSNR in dB of a root mean square error in grey levels; infinite where there is none."""
     return 20 * math.log10(255 / error) if error else math.inf
-
-
-def picture_pairs(folder, noisy_folder):
-    """Pictures and noisy versions of them, by the names of their files.
-
-    Yields:
-        Name, clean and noisy picture, uint8 arrays of one shape.
-
-    Raises:
-        DataError: a picture without a partner, with two, or of another size than its partner.
-    """
-    clean, noisy = {}, {}
-    for named, place in ((clean, folder), (noisy, noisy_folder)):
-        for path in image_files(place):
-            name = path.relative_to(place).with_suffix("").as_posix()
-            if name in named:
-                raise DataError(f"{path}: of the same name as {named[name]}; remove one")
-            named[name] = path
-    if unmatched := sorted(clean.keys() ^ noisy.keys()):
-        place = noisy_folder if unmatched[0] in clean else folder
-        message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
-        raise DataError(f"{place}: {message}")
-    for name, path in clean.items():
-        pair = read_picture(path, as_grey=True), read_picture(noisy[name], as_grey=True)
-        if pair[0].shape != pair[1].shape:
-            sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
-            raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
-        yield name, *pair
-
-
-def pictures_with_noise(folder, kind, sigma):
-    """Pictures and noisy versions of them, with the protocol's noise, drawn anew for each picture.
-
-    A grey picture gets white noise of one channel, as in published tables of grey test sets.
-
-    Yields:
-        Name, clean picture, uint8, and noisy picture, float32.
-    """
-    for path in image_files(folder):
-        clean = read_picture(path, as_grey=True)
-        if kind != "white":  # the others need three channels
-            clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
-        noisy = add_noise(clean[None], sigma, kind=kind)[0]
-        yield path.relative_to(folder).with_suffix("").as_posix(), clean_of(clean[None], kind)[0], noisy
 
 
 def picture_row(clean, noisy, models, samples):

@@ -18,7 +18,7 @@ minutes on two CPU cores with AVX512-BF16.
 
 import simple_autoencoder as simple
 import util
-from load_data import dataset_name, load_data
+from load_data import dataset_name, load_data, validation_pair
 
 import keras
 from keras import layers
@@ -147,7 +147,7 @@ def stack_detail_decoder(level_one, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS
 def validation_psnr(vae, data, args):
     """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images."""
     model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
-    noisy, clean = simple.validation_pair(data.images["validation"], args)
+    noisy, clean = validation_pair(data.images["validation"], args.noise, args.sigma)
     return float(util.psnr(util.to_uint8(clean), util.denoise(model, noisy)).mean())
 
 

@@ -4,11 +4,22 @@ import argparse
 import io
 
 import load_data
-from load_data import CAMERA_SIGMA, NOISE_KINDS, Batches, NoiseShares, add_noise, clean_of, parse_noise
+from load_data import (
+    CAMERA_SIGMA,
+    NOISE_KINDS,
+    VALIDATION_NOISE_SEED,
+    Batches,
+    NoiseShares,
+    add_noise,
+    clean_of,
+    parse_noise,
+    validation_pair,
+)
 from util import psnr, to_float, to_uint8
 
 import numpy as np
 import pytest
+from conftest import random_images
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import kurtosis
@@ -379,3 +390,17 @@ def test_shares_of_noise_are_parsed():
 def test_wrong_shares_of_noise_are_refused(values, message):
     with pytest.raises(argparse.ArgumentError, match=message):
         parsed(*values)
+
+
+def test_validation_images_have_the_kinds_of_noise_of_the_training():
+    images = random_images(40, 16, 16, 3)
+    noise = {"white": 0.5, "grey": 0.25, "uniform": 0.25}
+    noisy, clean = validation_pair(images, noise, (0, 75))
+    is_grey = (np.ptp(clean, axis=-1) == 0).all(axis=(1, 2))
+    assert is_grey.sum() == 10
+    np.testing.assert_allclose(np.ptp((noisy - clean)[is_grey], axis=-1), 0, atol=1e-6)
+    np.testing.assert_array_equal(to_uint8(clean[~is_grey]), images[~is_grey])
+    np.testing.assert_array_equal(validation_pair(images, noise, (0, 75))[0], noisy)
+    white, _ = validation_pair(images, {"white": 1.0}, (0, 75))
+    expected = add_noise(images, np.linspace(0, 75, 40), np.random.default_rng(VALIDATION_NOISE_SEED))
+    np.testing.assert_allclose(white, expected, atol=1e-6)

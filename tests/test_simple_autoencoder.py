@@ -1029,19 +1029,3 @@ def test_folder_without_pictures_is_told(test_set, tmp_path):
     (tmp_path / "empty").mkdir()
     arguments = ["evaluate", "--pictures", str(tmp_path / "empty"), "--name", NAME, "--out", str(test_set[1])]
     assert told_line(simple.main, arguments).startswith(f"{tmp_path}/empty: there are no images in it")
-
-
-def test_validation_images_have_the_kinds_of_noise_of_the_training():
-    clean = random_images(40, 16, 16, 3)
-    args = Namespace(sigma=(0, 75), noise={"white": 0.5, "grey": 0.25, "uniform": 0.25})
-    noisy, target = simple.validation_pair(clean, args)
-    is_grey = (np.ptp(target, axis=-1) == 0).all(axis=(1, 2))
-    assert is_grey.sum() == 10
-    np.testing.assert_allclose(np.ptp((noisy - target)[is_grey], axis=-1), 0, atol=1e-6)
-    np.testing.assert_array_equal(util.to_uint8(target[~is_grey]), clean[~is_grey])
-    again, _ = simple.validation_pair(clean, args)
-    np.testing.assert_array_equal(again, noisy)
-    white = simple.validation_pair(clean, Namespace(sigma=(0, 75), noise={"white": 1.0}))[0]
-    sigmas = np.linspace(0, 75, 40)
-    expected = add_noise(clean, sigmas, np.random.default_rng(simple.VALIDATION_NOISE_SEED))
-    np.testing.assert_allclose(white, expected, atol=1e-6)
