@@ -554,6 +554,20 @@ def test_training_on_a_mapped_file_larger_than_a_batch(tmp_path):
     assert np.isfinite(row["val_psnr"])
 
 
+@pytest.mark.parametrize("asked, taken", [(1e-2, 1e-3), (5e-4, 1e-3), (1e-4, 2e-4)])
+def test_a_low_learning_rate_slows_the_detail_code_too(tmp_path, monkeypatch, asked, taken):
+    rates, build_optimizer = [], simple.build_optimizer
+    monkeypatch.setattr(util, "fit", lambda *arguments: [])
+    monkeypatch.setattr(simple, "build_optimizer", lambda *a: rates.append(a[0]) or build_optimizer(*a))
+    images = {split: random_images(4, 16, 16, 3) for split in ("train", "validation")}
+    data = Data("some", images, {split: np.zeros(4, np.int64) for split in images}, ("none",), {})
+    args = Namespace(out=tmp_path, name="some", batch_size=2, seed=0, sigma=(0, 50), learning_rate=asked)
+    args.noise = {"white": 1.0}
+    vae = simple.DetailVAE(*small_models(), *small_detail_models())
+    simple.fit_stage(vae, data, args, "detail", 1)
+    assert rates == [taken]
+
+
 RESUME = ["--resume", f"--name={NAME}"]
 
 
