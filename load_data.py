@@ -92,6 +92,7 @@ MAX_PIXELS = 250_000_000  # of a picture
 SRGB_GAMMA = 0.45455
 DESCRIPTIVE_TAGS = {270, 271, 272, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF, from title to GPS
 RESIZED_VERSION, PATCHES_VERSION = 1, 3  # of the caches
+AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
 # kinds of noise
 JPEG_QUALITY, JPEG_QUALITIES = 90, (60, 100)  # of the protocol, of training
@@ -1124,7 +1125,7 @@ class Batches(keras.utils.PyDataset):
 
     What is drawn depends on seed, epoch and position alone, so that a resumed training sees what an
     uninterrupted one would have seen. Images may be memory-mapped and larger than memory. Where a GPU
-    trains, all cores prepare the next batches.
+    trains, all cores prepare the next batches, AHEAD at most.
 
     Args:
         images: uint8 array (N, H, W, 3).
@@ -1139,7 +1140,7 @@ class Batches(keras.utils.PyDataset):
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
         self.noise, self.sigma = dict(noise), sigma
         self._mapped = _memory_map(images)
-        self._pool = ThreadPoolExecutor(os.cpu_count()) if gpus() else None
+        self._pool = ThreadPoolExecutor(AHEAD) if gpus() else None
         self.go_to(0)
 
     def go_to(self, epoch):
@@ -1153,7 +1154,7 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         if not self._pool:
             return self.prepare(index)
-        for ahead in range(index, min(index + 2 * os.cpu_count(), len(self))):
+        for ahead in range(index, min(index + AHEAD, len(self))):
             if ahead not in self._coming:
                 self._coming[ahead] = self._pool.submit(self.prepare, ahead)
         return self._coming.pop(index).result()
