@@ -88,7 +88,7 @@ SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
 POSTERIOR_PIXELS, POSTERIOR_SAMPLES = 256_000, 64  # pixels of 250 images of CIFAR-10
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
-INTERVALS = {0.5: 0.6745, 0.9: 1.645}  # half the width of a Gaussian's central intervals, in deviations
+INTERVALS = (0.5, 0.9)  # shares of the draws in them
 SHOWN_DRAWS = 3
 CALIBRATION_IMAGES, CALIBRATION_SAMPLES = 500, 8
 CALIBRATION_PARTS = 4  # of the range of strengths, which count alike
@@ -714,9 +714,15 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
     return joined | {"samples": samples}
 
 
-def covered(compared, samples, width):
-    """Which true values lie within the draws' mean plus or minus `width` deviations, boolean."""
-    return np.abs(compared["error"]) <= width * math.sqrt(1 + 1 / samples) * compared["deviation"]
+def covered(compared, samples, share):
+    """Whether each true value lies between the quantiles that enclose this share of the draws, 0 to 1.
+
+    Among K draws the true value has one of K + 1 ranks, equally likely if draws are calibrated. A rank that a
+    quantile divides counts in part.
+    """
+    low, margin = compared["rank"] / (samples + 1), (1 - share) / 2
+    inside = np.minimum(low + 1 / (samples + 1), 1 - margin) - np.maximum(low, margin)
+    return np.clip(inside * (samples + 1), 0, 1)
 
 
 def spread_to_skill(compared, samples):
@@ -731,7 +737,7 @@ def calibration_rows(measured, sigma):
     rows, samples = [], measured["samples"]
     for side in CRPS_WEIGHTS:
         compared = measured[side]
-        inside = {share: covered(compared, samples, width) for share, width in INTERVALS.items()}
+        inside = {share: covered(compared, samples, share) for share in INTERVALS}
         tenths = np.array_split(inside[0.9][np.argsort(compared["deviation"])], 10)
         rows.append(
             {"sigma": sigma, "block": f"{side}x{side}", "spread/skill": spread_to_skill(compared, samples)}
@@ -815,14 +821,14 @@ def calibration_panels(measured, bins=13):
     reliability, histogram = {}, {}
     for side in CRPS_WEIGHTS:
         label = f"means of {side}x{side}" if side > 1 else "pixels"
-        shown = [covered(measured[side], samples, norm.ppf((1 + share) / 2)).mean() for share in shares]
+        shown = [covered(measured[side], samples, share).mean() for share in shares]
         reliability[label] = shares, shown
         counts, edges = np.histogram(measured[side]["rank"], np.linspace(-0.5, samples + 0.5, bins + 1))
         density = counts / counts.sum() / np.diff(edges) * (samples + 1)
         histogram[label] = (edges[:-1] + edges[1:]) / 2 / samples, density
     reliability["calibrated"], histogram["calibrated"] = (shares, shares), ((0, 1), (1, 1))
     return [
-        ("central interval of a Gaussian fitted to draws", "share of true values in it", reliability),
+        ("central interval of the draws", "share of true values in it", reliability),
         ("share of draws below the truth", "density", histogram),
     ]
 
@@ -1076,7 +1082,7 @@ def picture_row(clean, noisy, models, samples):
         true = np.abs(clean - outputs[""].astype(np.float32))
         row["expected PSNR"] = psnr_of(root_mean_square(errors))
         # 0.9 if errors are Gaussian and as large as expected
-        row["below 1.645 expected errors"] = float((true <= INTERVALS[0.9] * errors[..., None]).mean())
+        row["below 1.645 expected errors"] = float((true <= 1.645 * errors[..., None]).mean())
     return row, outputs[""]
 
 
