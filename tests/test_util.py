@@ -695,6 +695,9 @@ def test_loss_that_is_not_a_number_stops_amid_an_epoch(tmp_path):
     checkpoint.on_train_batch_end(0, {"loss": 1.0})
     with pytest.raises(FloatingPointError, match="loss is nan at batch 101"):
         checkpoint.on_train_batch_end(100, {"loss": np.float32("nan")})
+    checkpoint.set_params({"steps": 7})  # at the end of an epoch, before anything is made of its weights
+    with pytest.raises(FloatingPointError, match="loss is inf at batch 7"):
+        checkpoint.on_train_batch_end(6, {"loss": float("inf")})
 
 
 def test_a_stage_gets_no_more_epochs_when_a_later_one_has_begun(tmp_path):
