@@ -208,9 +208,10 @@ def test_draws_are_compared_with_the_truth_as_by_hand():
 
 
 @pytest.mark.parametrize(
-    # what the central 90 % of the draws cover of a Gaussian; how high its rank histogram is at its ends
+    # what the central 90 % of 64 draws cover of a Gaussian, by the binomial distribution of its rank among them;
+    # how high its rank histogram is at its ends
     ("factor", "share", "ends"),
-    [(1, 0.9, 1), (0.5, 0.589, 3.1), (2, 0.999, 0.03)],
+    [(1, 0.9, 1), (0.5, 0.602, 3.1), (2, 0.997, 0.03)],
 )
 def test_draws_of_a_deviation_of_their_own_are_found_to_have_it(factor, share, ends):
     rng = np.random.default_rng(0)
@@ -221,10 +222,10 @@ def test_draws_of_a_deviation_of_their_own_are_found_to_have_it(factor, share, e
     row = simple.calibration_rows(measured, 25)[0]
     assert (row["sigma"], row["block"]) == (25, "1x1")
     assert row["spread/skill"] == pytest.approx(factor, rel=0.03)
-    assert row["90% covers"] == pytest.approx(share, abs=0.015)
+    assert row["90% covers"] == pytest.approx(share, abs=0.01)
     assert row["CRPS, Gaussian"] == pytest.approx(25.5 * np.sqrt((1 + factor**2 / 64) / np.pi), rel=0.01)
     reliability, histogram = (curves for *_, curves in simple.calibration_panels(measured))
-    assert reliability["pixels"][1][-2] == pytest.approx(share, abs=0.015)
+    assert reliability["pixels"][1][-2] == pytest.approx(share, abs=0.01)
     assert histogram["means of 8x8"][1][0] == pytest.approx(ends, abs=0.15)
 
 
