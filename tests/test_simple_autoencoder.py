@@ -208,7 +208,7 @@ def test_draws_are_compared_with_the_truth_as_by_hand():
 
 
 @pytest.mark.parametrize(
-    # what the central 90 % of 64 draws cover of a Gaussian, by the binomial distribution of its rank among them;
+    # what the central 90 % of 64 draws cover of a Gaussian, from the binomial distribution of its rank;
     # how high its rank histogram is at its ends
     ("factor", "share", "ends"),
     [(1, 0.9, 1), (0.5, 0.602, 3.1), (2, 0.997, 0.03)],
