@@ -184,8 +184,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to an option's help, unless there is none or the help names it."""
 
     def _get_help_string(self, action):
-        plain = action.default is None or action.default is False or "(default" in action.help
-        return action.help if plain else super()._get_help_string(action)
+        if action.default is None or action.default is False or "(default" in action.help:
+            return action.help
+        if isinstance(action.default, (list, tuple)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 def verb_parser(argv, verbs, description):

@@ -84,9 +84,7 @@ def trained(build, images, args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
     add_data_options(parser)
     parser.add_argument("--out", type=Path, default=util.HERE, help="where figures/ is")
     parser.add_argument(

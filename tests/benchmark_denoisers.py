@@ -22,7 +22,7 @@ import simple_autoencoder as simple
 import util
 from load_data import (
     BUILT_IN,
-    FEWEST_HELD_OUT,
+    FEWEST_TO_HOLD_OUT,
     NOISE_KINDS,
     DataError,
     add_data_options,
@@ -127,9 +127,7 @@ def time_figure(table, labels, denoisers, title):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
     add_data_options(parser)
     parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/, figures/ are")
     parser.add_argument("--images", type=util.number(int, 1), default=60, help="test images to use, at most")
@@ -145,7 +143,7 @@ def held_out_pictures(folder):
     """The photographs of a folder that make its test split, whole.
 
     Args:
-        folder: Folder of at least FEWEST_HELD_OUT images; with fewer, none is held out whole.
+        folder: Folder of at least FEWEST_TO_HOLD_OUT images; with fewer, none is held out whole.
 
     Returns:
         List of uint8 arrays (H, W, 3), in the order of the file names.
@@ -154,7 +152,7 @@ def held_out_pictures(folder):
         DataError: no such folder, or too few images in it.
     """
     files = image_files(Path(folder))
-    if len(files) < FEWEST_HELD_OUT:
+    if len(files) < FEWEST_TO_HOLD_OUT:
         raise DataError(
             f"{folder}: its {len(files)} images are all trained on in part; add some, or take others"
         )

@@ -101,9 +101,7 @@ def pictures_figure(clean, name, model, sigma=SIGMAS[-1]):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
     parser.add_argument("--dataset", type=absolute_path, required=True, help="folder of photographs")
     parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/, figures/ are")
     parser.add_argument("--images", type=util.number(int, 1), default=8, help="pictures to use")

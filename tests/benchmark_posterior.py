@@ -83,9 +83,7 @@ def measure_rival(rival, clean, sigma, samples=simple.POSTERIOR_SAMPLES):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
     add_data_options(parser)
     util.add_training_options(parser, simple.DETAIL_EPOCHS, simple.BATCH_SIZE)
     parser.add_argument("--images", type=util.number(int, 1), default=simple.TEST_IMAGES, help="test images")

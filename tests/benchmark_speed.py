@@ -9,6 +9,7 @@ framework and precision and by the same tiles. Then the same for a window of the
 two ratios differ by what the overlap of tiles costs, which is as wide as the receptive field.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ def ffdnet(precision, filters=96, convolutions=12):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     models = {(PEER, precision): ffdnet(precision) for precision in PRECISIONS}
     for name in util.saved_runs(util.HERE, "autoencoder"):
         for precision in PRECISIONS:
