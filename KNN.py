@@ -19,7 +19,7 @@ from load_data import (
     DataError,
     add_data_options,
     add_noise,
-    check_classes,
+    check_labelled,
     dataset_name,
     evenly,
     fit_pca,
@@ -207,16 +207,15 @@ def accuracy_figure(rows, kinds, title):
     """Accuracy in every space, bars for the kinds of query, a panel for each method."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     width = 0.8 / len(kinds)
-    for axis, panel in zip(figure.subplots(1, 2, sharey=True), (rows[::2], rows[1::2]), strict=True):
+    panels = {"k nearest neighbours": rows[::2], "linear SVM": rows[1::2]}
+    for axis, (method, panel) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         for index, kind in enumerate(kinds):
             places = np.arange(len(panel)) + (index - (len(kinds) - 1) / 2) * width
             axis.bar(places, [row[kind] for row in panel], width, label=kind)
         axis.set_xticks(
             range(len(panel)), [f"{row['space']}\n{row['dimensions']}" for row in panel], fontsize=8
         )
-        axis.set_title(
-            "linear SVM" if panel[0]["method"] == "linear SVM" else "k nearest neighbours", fontsize=9
-        )
+        axis.set_title(method, fontsize=9)
         axis.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("accuracy in %")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -311,7 +310,7 @@ def main(argv=None):
     count = len(data.images["test"])
     if args.clusters > len(data.images[data.denoiser_split]):
         raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
-    check_classes(data, args.dataset)
+    check_labelled(data, args.dataset, args.limit)
     with util.locked(args.out, args.name), util.publishing(args.out, args.name) as draft:
         space_of = spaces(args, data)
         queries = query_images(data.images["test"], args.sigmas, denoiser)
@@ -330,8 +329,7 @@ def main(argv=None):
             "neighbours": neighbours_figure(data, queries, nearest),
             "clusters": clusters_figure(data, gallery),
         }
-        for kind, figure in figures.items():
-            util.save_figure(figure, draft / f"figures/{args.name}_{kind}.png")
+        util.save_figures(draft, args.name, figures)
         described = {"arguments": util.recorded_arguments(args), "environment": util.environment()}
         results = {"test_images": count, "accuracy": rows, "clusters": cluster_rows}
         util.write_record(draft, args.name, described | results)

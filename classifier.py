@@ -25,7 +25,7 @@ from load_data import (
     Batches,
     add_data_options,
     add_noise,
-    check_classes,
+    check_labelled,
     dataset_name,
     load_data,
 )
@@ -91,17 +91,17 @@ def convolution(x, width, name, halve=False):
     return layers.Activation("gelu", name=f"{name}_gelu")(x)
 
 
-def build_classifier(shape, classes, widths=WIDTHS):
+def build_classifier(shape, classes, widths=WIDTHS, of_features=False):
     """Classifier: inputs (N, *shape) to probabilities (N, classes).
 
     Args:
-        shape: (H, W, 3) of images in [0, 1], or (h, w, c) of feature maps, which the whitening and the
-            first pair of convolutions are left out for.
+        shape: (H, W, 3) of images in [0, 1], or (h, w, c) of feature maps.
         classes: Number of classes.
         widths: Channels of each pair of convolutions.
+        of_features: Leave out the whitening and the first pair of convolutions.
     """
-    inputs = x = keras.Input(shape, name="images" if shape[-1] == 3 else "features")
-    if shape[-1] == 3:
+    inputs = x = keras.Input(shape, name="features" if of_features else "images")
+    if not of_features:
         x = layers.Conv2D(24, 2, activation="gelu", trainable=False, name="whitening")(x)
     else:
         widths = widths[1:]
@@ -216,11 +216,11 @@ def average_weights(model, weights, batches):
         batches: `load_data.Batches` that the statistics are measured on.
     """
     model.set_weights([np.mean(versions, axis=0) for versions in zip(*weights, strict=True)])
-    for index in range(min(MEASURED_BATCHES, len(batches))):
-        model(batches[index][0], training=True)
+    for index in range(MEASURED_BATCHES):
+        model(batches[index % len(batches)][0], training=True)
 
 
-def train_round(model, batches, validation, args, number):
+def train_round(model, batches, validation, args, number, epochs_before):
     """Train a classifier with a learning rate that falls to zero; go on from a checkpoint that is there.
 
     Args:
@@ -229,12 +229,12 @@ def train_round(model, batches, validation, args, number):
         validation: Inputs and one-hot labels that tell the best epoch.
         args: Arguments of the run.
         number: Of the round, from 1.
+        epochs_before: Epochs of earlier rounds.
 
     Returns:
         The metrics, a dict for each epoch.
     """
-    epochs, epochs_before = (args.epochs * n // args.rounds for n in (number, number - 1))
-    epochs -= epochs_before
+    epochs = args.epochs * number // args.rounds - args.epochs * (number - 1) // args.rounds
     rate = args.learning_rate * (1 if number == 1 else LATER_ROUNDS_RATE)
     model.compile(
         optimizer=build_optimizer(rate, epochs * len(batches)),
@@ -261,7 +261,7 @@ def train(args, data, inputs):
     classes = len(data.class_names)
     feed = partial(LabelledBatches, inputs["train"], data.labels["train"], classes, args.batch_size)
     validation = util.to_float(inputs["validation"]), np.eye(classes)[data.labels["validation"]]
-    model = build_classifier(validation[0].shape[1:], classes, args.widths)
+    model = build_classifier(validation[0].shape[1:], classes, args.widths, bool(args.features))
     if args.start:
         util.start_from(model, args.out, args.start)
     elif not args.features:
@@ -269,7 +269,7 @@ def train(args, data, inputs):
     rows, weights = [], []
     for number in range(1, args.rounds + 1):
         batches = feed(seed=args.seed + number - 1, enlarged=ENLARGED[min(number, ROUNDS) - 1])
-        rows += train_round(model, batches, validation, args, number)
+        rows += train_round(model, batches, validation, args, number, len(rows))
         weights.append(model.get_weights())
     if args.rounds > 1:
         average_weights(model, weights, feed(seed=args.seed + args.rounds))
@@ -395,7 +395,7 @@ def evaluate(draft, args, model, denoisers, data, represent):
         What the run record tells of it.
     """
     labels, count = data.labels["test"], len(data.labels["test"])
-    predictions = predict_all(model, data.sample("test", count), denoisers, represent)
+    predictions = predict_all(model, data.images["test"], denoisers, represent)
     measured = {key: accuracy(labels, predicted) for key, predicted in predictions.items()}
     share, low, high = measured[0, "clean"]
     print(f"Accuracy in % on the {count:,} test images of {data.name}, with 95 % intervals:")
@@ -413,8 +413,7 @@ def evaluate(draft, args, model, denoisers, data, represent):
         mistakes = ", ".join(f"{true} for {other} {share:.1f} %" for share, true, other in pairs)
         print(f"most confused, {title}: {mistakes or 'none'}")
         figures[f"{kind}_confusion"] = confusion_figure(labels, predicted, data.class_names, title)
-    for kind, figure in figures.items():
-        util.save_figure(figure, draft / f"figures/{args.name}_{kind}.png")
+    util.save_figures(draft, args.name, figures)
     results = [
         {"sigma": sigma, "images": kind, "accuracy": share, "low": low, "high": high}
         for (sigma, kind), (share, low, high) in measured.items()
@@ -544,7 +543,7 @@ def main(argv=None):
         evaluate_saved(args, load_data(args.dataset, args.data_dir, size), denoisers, represent)
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
-    check_classes(data, args.dataset)
+    check_labelled(data, args.dataset, args.limit)
     with util.training(__file__, args, data.checksums):
         model, rows = train(args, data, training_inputs(args, data))
         write_run(args, model, rows, denoisers, data, represent)

@@ -80,9 +80,9 @@ VALIDATION = 1000  # images at most, and at most a tenth of the training set
 STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
-MAX_PATCHES = 100_000  # of a folder
+MAX_PATCHES = 100_000  # of a folder, about
 SHRINKING = (2, 4)  # training patches of photographs are cut from half and a quarter of the size, too
-FEWEST_HELD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
+FEWEST_TO_HOLD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
 MAX_JPEG_EXIF = 65_533  # bytes
 SAVE_OPTIONS = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # of picture files; others are refused, some start programs
@@ -189,12 +189,14 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
     return data
 
 
-def check_classes(data, dataset):
-    """Check that there is something to tell apart.
+def check_labelled(data, dataset, limit):
+    """Check that the labelled training images are as many as asked for, and of several classes.
 
     Raises:
-        DataError: the training images are all of one class.
+        DataError: they are not.
     """
+    if limit and limit > (available := len(data.images["train"])):
+        raise DataError(f"{dataset}: --limit {limit} is more than its {available} labelled images; lower it")
     if len(np.unique(data.labels["train"])) < 2:
         remedy = "raise --limit, or sort the pictures into a subfolder for each class"
         raise DataError(f"{dataset}: its training images are all of one class; {remedy}")
@@ -539,11 +541,11 @@ def _cut(picture, size, training, at_most, rng):
 def split_pictures(labels):
     """Splits of photographs by index, given their labels: of every class a twentieth each is held out.
 
-    A class is split alike whatever lies beside it, if all have FEWEST_HELD_OUT photographs or more; else all
-    photographs are split as one class.
+    A class is split alike whatever lies beside it, if all have FEWEST_TO_HOLD_OUT photographs or more; else
+    all photographs are split as one class.
     """
     labels = np.asarray(labels)
-    if np.unique(labels, return_counts=True)[1].min() < FEWEST_HELD_OUT:
+    if np.unique(labels, return_counts=True)[1].min() < FEWEST_TO_HOLD_OUT:
         labels = np.zeros_like(labels)
     splits = np.full(len(labels), "train", object)
     for label in np.unique(labels):
@@ -557,7 +559,7 @@ def split_pictures(labels):
 def _cuts(pictures, labels_of, size):
     """Split pictures among train, validation and test, then cut them.
 
-    Of FEWEST_HELD_OUT and more, a twentieth each is kept for validation and test; of fewer, every picture
+    Of FEWEST_TO_HOLD_OUT and more, a twentieth each is kept for validation and test; of fewer, every picture
     is split into vertical bands instead.
 
     Args:
@@ -571,7 +573,7 @@ def _cuts(pictures, labels_of, size):
     count, splits = len(labels_of), split_pictures(labels_of)
     rng = np.random.default_rng(SPLIT_SEED)
     for picture, label, split_of_picture in zip(pictures, labels_of, splits, strict=True):
-        if count >= FEWEST_HELD_OUT:
+        if count >= FEWEST_TO_HOLD_OUT:
             regions = {split_of_picture: picture}
         else:
             first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
@@ -624,9 +626,7 @@ def image_files(folder):
         DataError: no such folder, or no images in it.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder; --dataset is cifar10, stl10, photos or a folder of images"
-        )
+        raise DataError(f"{folder}: no such folder of images; choose another")
 
     def name_it(error):
         print(f"{error.filename}: left out ({error.strerror})", flush=True)
@@ -640,9 +640,7 @@ def image_files(folder):
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
-        raise DataError(
-            f"{folder}: there are no images in it (links are not followed); choose another --dataset"
-        )
+        raise DataError(f"{folder}: there are no images in it (links are not followed); choose another")
     return files
 
 
@@ -657,6 +655,8 @@ def _load_folder(folder, data_dir, size):
 
     Subfolders, if any, are the classes; what lies beside them is one more, of the data set's name.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; --dataset is {', '.join(BUILT_IN)} or a folder of images")
     files = image_files(folder)
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
     listing = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
@@ -747,6 +747,29 @@ def clean_of(images, kind):
     return np.broadcast_to(images.mean(axis=-1, keepdims=True).round().astype(np.uint8), images.shape)
 
 
+def pictures_by_name(folder):
+    """Paths of the images in a folder and its subfolders by name, without their endings.
+
+    Raises:
+        DataError: no such folder, no images in it, or two of one name.
+    """
+    named = {}
+    for path in image_files(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in named:
+            raise DataError(f"{path}: of the same name as {named[name]}; remove one")
+        named[name] = path
+    return named
+
+
+def read_measurable(path):
+    """Read a picture, (H, W, 3) or a grey one (H, W, 1), that is large enough for SSIM."""
+    picture = read_picture(path, as_grey=True)
+    if min(picture.shape[:2]) < MIN_SIZE:
+        raise DataError(f"{path}: smaller than {MIN_SIZE}x{MIN_SIZE} pixels; remove it")
+    return picture
+
+
 def picture_pairs(folder, noisy_folder):
     """Pictures and noisy versions of them, by the names of their files.
 
@@ -754,21 +777,15 @@ def picture_pairs(folder, noisy_folder):
         Name, clean and noisy picture, uint8 arrays of one shape.
 
     Raises:
-        DataError: a picture without a partner, with two, or of another size than its partner.
+        DataError: a picture without a partner, with two, of another size than its partner, or too small.
     """
-    clean, noisy = {}, {}
-    for named, place in ((clean, folder), (noisy, noisy_folder)):
-        for path in image_files(place):
-            name = path.relative_to(place).with_suffix("").as_posix()
-            if name in named:
-                raise DataError(f"{path}: of the same name as {named[name]}; remove one")
-            named[name] = path
+    clean, noisy = pictures_by_name(folder), pictures_by_name(noisy_folder)
     if unmatched := sorted(clean.keys() ^ noisy.keys()):
         place = noisy_folder if unmatched[0] in clean else folder
         message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
         raise DataError(f"{place}: {message}")
     for name, path in clean.items():
-        pair = read_picture(path, as_grey=True), read_picture(noisy[name], as_grey=True)
+        pair = read_measurable(path), read_measurable(noisy[name])
         if pair[0].shape != pair[1].shape:
             sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
             raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
@@ -776,19 +793,22 @@ def picture_pairs(folder, noisy_folder):
 
 
 def pictures_with_noise(folder, kind, sigma):
-    """Pictures and noisy versions of them, with the protocol's noise, drawn anew for each picture.
+    """Pictures and noisy versions of them.
 
-    A grey picture gets white noise of one channel, as in published tables of grey test sets.
+    White noise is that of the protocol's seed in each picture, as FFDNet is measured in `logs/`; a grey
+    picture gets one channel of it. Other kinds are drawn by one generator for all pictures, since what they
+    choose, as a camera, is to differ.
 
     Yields:
         Name, clean picture, uint8, and noisy picture, float32.
     """
-    for path in image_files(folder):
-        clean = read_picture(path, as_grey=True)
+    rng = None if kind == "white" else np.random.default_rng(TEST_NOISE_SEED)
+    for name, path in pictures_by_name(folder).items():
+        clean = read_measurable(path)
         if kind != "white":  # the others need three channels
             clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
-        noisy = add_noise(clean[None], sigma, kind=kind)[0]
-        yield path.relative_to(folder).with_suffix("").as_posix(), clean_of(clean[None], kind)[0], noisy
+        noisy = add_noise(clean[None], sigma, rng, kind)[0]
+        yield name, clean_of(clean[None], kind)[0], noisy
 
 
 # Kinds of noise: functions of clean images x, floats (N, H, W, 3) in [0, 1], of their sigma (N, 1, 1, 1) on
@@ -1235,9 +1255,9 @@ def parse_args(argv=None):
     return args
 
 
-def show_samples(data, path, count=8):
+def show_samples(data, path):
     """Write a figure of test images, clean and with noise of the protocol's sigmas."""
-    clean = data.sample("test", count)
+    clean = data.sample("test", 8)
     rows = [("clean", clean, None)]
     for sigma in SIGMAS:
         noisy = to_uint8(add_noise(clean, sigma))

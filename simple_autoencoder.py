@@ -55,12 +55,12 @@ from keras import layers, ops
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-# architecture: 108 million multiply-accumulates for a 32x32 image, 79 million more for the detail code
+# architecture: 108 million multiply-accumulates for a 32x32 image, 77 million more for the detail code
 FILTERS = 48
 ENCODER_BLOCKS, DECODER_BLOCKS = 4, 6
 LATENT_DIM = 48
 DETAIL_ENCODER_BLOCKS, DETAIL_DECODER_BLOCKS = 3, 4
-DETAIL_DEVIATION = 0.04  # of pixels that an untrained detail decoder makes of a standard normal code
+DETAIL_DEVIATION = 0.04  # of the detail decoder's last kernel at the start: its pixels deviate by 0.28
 MAX_LOG_VAR = 10.0  # an outlier beyond it would make the KL term infinite
 INITIAL_LOG_VAR = -10.0  # of the code: its standard deviation starts at 0.007, about 2 grey levels
 
@@ -82,14 +82,14 @@ GREY_LEVEL = 1 / 255
 # what is measured and shown
 TEST_IMAGES = 1000
 SHOWN = 8  # images in a figure
-SHOWN_SIGMA = 50
+SHOWN_SIGMA, RECONSTRUCTED_SIGMAS = 50, (25, 50)
 GIF_FRAMES = 50  # at most
 SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
 POSTERIOR_PIXELS, POSTERIOR_SAMPLES = 256_000, 64  # pixels of 250 images of CIFAR-10
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
 INTERVALS = (0.5, 0.9)  # shares of the draws in them
-SHOWN_DRAWS = 3
+SHOWN_DRAWS, RANK_BINS = 3, 13
 CALIBRATION_IMAGES, CALIBRATION_SAMPLES = 500, 8
 CALIBRATION_PARTS = 4  # of the range of strengths, which count alike
 FEATURE_MAP_TRAIN_IMAGES = 5000
@@ -182,7 +182,7 @@ def join_encoders(encoder, detail_encoder):
     """Encoder that ships: noisy image to [mean, log-variance] of each level's z, then of the detail codes."""
     noisy = keras.Input((None, None, 3), name="noisy")
     outputs = list(encoder(noisy))
-    for log_var in as_list(detail_encoder([noisy, *util.split_codes(outputs)[0]])):
+    for log_var in keras.tree.flatten(detail_encoder([noisy, *util.split_codes(outputs)[0]])):
         outputs += [layers.Rescaling(0.0, dtype="float32")(log_var), log_var]
     return keras.Model(noisy, outputs, name="encoder")
 
@@ -195,11 +195,6 @@ def join_decoders(decoder, detail_decoder):
     )
     parts = [util.decode(decoder, z), util.decode(detail_decoder, details)]
     return keras.Model([*z, *details], layers.Add(dtype="float32", name="image")(parts), name="decoder")
-
-
-def as_list(outputs):
-    """Outputs of a model as a list, also where there is but one."""
-    return outputs if isinstance(outputs, (list, tuple)) else [outputs]
 
 
 def start_as_identity(encoder, decoder):
@@ -331,9 +326,8 @@ class DetailVAE(DenoisingVAE):
         noisy = self.noisy(images)
         means, _ = util.split_codes(self.encoder(noisy))
         denoised = util.decode(self.decoder, means)
-        log_vars = [
-            ops.minimum(log_var, MAX_LOG_VAR) for log_var in as_list(self.detail_encoder([noisy, *means]))
-        ]
+        log_vars = keras.tree.flatten(self.detail_encoder([noisy, *means]))
+        log_vars = [ops.minimum(log_var, MAX_LOG_VAR) for log_var in log_vars]
         draws = []
         for _ in range(2):
             details = [self.sample(ops.zeros_like(log_var), log_var) for log_var in log_vars]
@@ -500,7 +494,7 @@ def calibrate(encoder, decoder, clean, args):
 
     Args:
         encoder, decoder: Joined models; the encoder is changed.
-        clean: Validation images, uint8 array (N, H, W, 3), N at least CALIBRATION_PARTS.
+        clean: Validation images, uint8 array (N, H, W, 3).
         args: Arguments of the run, whose kinds and strengths of noise are added.
 
     Returns:
@@ -509,7 +503,8 @@ def calibrate(encoder, decoder, clean, args):
     models = util.portable_copy(encoder), util.portable_copy(decoder)
     pair = validation_pair(whole_cells(clean, util.stride(encoder)), args.noise, args.sigma)
     ratios = []
-    for noisy, target in zip(*(np.array_split(images, CALIBRATION_PARTS) for images in pair), strict=True):
+    parts = min(CALIBRATION_PARTS, len(clean))
+    for noisy, target in zip(*(np.array_split(images, parts) for images in pair), strict=True):
         _, draws = decoded_draws(*models, noisy, CALIBRATION_SAMPLES)
         for side in CRPS_WEIGHTS:
             compared = compare_draws(block_means(target, side), block_means(draws, side))
@@ -557,6 +552,8 @@ def train(args, data):
     vae = DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
     rows += fit_stage(vae, data, args, "z", args.epochs)
     rows += fit_detail(vae, detail, joined, data, args, len(rows))
+    if not (args.detail_epochs or args.start):
+        print("The detail code is not trained: draws of it mean nothing.")
     return *joined, build_autoencoder(encoder, decoder), rows
 
 
@@ -597,10 +594,10 @@ def blind(models):
     }
 
 
-def reconstruction_figure(models, clean, sigmas=(25, 50)):
+def reconstruction_figure(models, clean):
     """Rows noisy, denoised by each model, for each sigma, and clean, with PSNR."""
     rows = []
-    for sigma in sigmas:
+    for sigma in RECONSTRUCTED_SIGMAS:
         noisy = add_noise(clean, sigma)
         outputs = {f"noisy, sigma {sigma}": util.to_uint8(noisy)}
         outputs |= {label: util.denoise(model, noisy) for label, model in models.items()}
@@ -738,7 +735,8 @@ def calibration_rows(measured, sigma):
     for side in CRPS_WEIGHTS:
         compared = measured[side]
         inside = {share: covered(compared, samples, share) for share in INTERVALS}
-        tenths = np.array_split(inside[0.9][np.argsort(compared["deviation"])], 10)
+        by_deviation = inside[0.9][np.argsort(compared["deviation"])]
+        tenths = np.array_split(by_deviation, min(10, len(by_deviation)))
         rows.append(
             {"sigma": sigma, "block": f"{side}x{side}", "spread/skill": spread_to_skill(compared, samples)}
             | {f"{share:.0%} covers": float(values.mean()) for share, values in inside.items()}
@@ -755,18 +753,18 @@ def quality_row(measured, sigma):
     psnr = {f"{label} PSNR": float(measured[label].mean()) for label in labels}
     true, expected = measured["posterior mean"], measured["expected"]
     predicted = {"expected PSNR": float(expected.mean())}
-    predicted["correlation"] = float(np.corrcoef(true, expected)[0, 1])
+    predicted["correlation"] = float(np.corrcoef(true, expected)[0, 1]) if len(true) > 1 else None
     return {"sigma": sigma} | psnr | predicted
 
 
-def code_rows(encoder, clean, sigma=SHOWN_SIGMA):
+def code_rows(encoder, clean):
     """Rows by code: its KL from N(0, I) in nats, mean over latents and images, and the share of active units.
 
-    Active are the channels whose mean has a variance above 0.01 (Burda, Grosse, Salakhutdinov, "Importance
-    Weighted Autoencoders", ICLR 2016).
+    The noise is of SHOWN_SIGMA. Active are the channels whose mean has a variance above 0.01 (Burda, Grosse,
+    Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016).
     """
     clean = whole_cells(clean, util.stride(encoder))
-    outputs = encoder.predict(add_noise(clean, sigma), verbose=0)
+    outputs = encoder.predict(add_noise(clean, SHOWN_SIGMA), verbose=0)
     levels = range(1, len(util.level_means(outputs)) + 1)
     names = [f"{kind} of level {level}" for kind in ("z", "detail") for level in levels]
     rows = []
@@ -777,21 +775,20 @@ def code_rows(encoder, clean, sigma=SHOWN_SIGMA):
     return rows
 
 
-def posterior_figure(encoder, decoder, clean, posterior, sigma=SHOWN_SIGMA):
+def posterior_figure(encoder, decoder, clean, measured):
     """Draws of some images, deviation beside error on one scale, and how well both agree over many images.
 
     Args:
         encoder, decoder: Saved models.
         clean: uint8 array (N, H, W, 3).
-        posterior: What `measure_posterior` returned for each sigma.
-        sigma: Of the noise.
+        measured: What `measure_posterior` returned for each sigma.
     """
     clean = whole_cells(clean, util.stride(encoder))
-    noisy = add_noise(clean, sigma)
+    noisy = add_noise(clean, SHOWN_SIGMA)
     mean, draws = decoded_draws(encoder, decoder, noisy)
     deviation = 255 * np.sqrt(np.square(draws - mean).mean(axis=(0, -1)))
     error = 255 * np.sqrt(np.square(mean - util.to_float(clean)).mean(axis=-1))
-    shown = {f"noisy, sigma {sigma}": util.to_uint8(noisy), "mean": util.to_uint8(mean)}
+    shown = {f"noisy, sigma {SHOWN_SIGMA}": util.to_uint8(noisy), "mean": util.to_uint8(mean)}
     shown |= {f"draw {index + 1}": util.to_uint8(draws[index]) for index in range(SHOWN_DRAWS)}
     rows = [
         (label, images, [f"{value:.1f} dB" for value in util.psnr(clean, images)])
@@ -803,19 +800,17 @@ def posterior_figure(encoder, decoder, clean, posterior, sigma=SHOWN_SIGMA):
     left, right = figure.subfigures(1, 2, width_ratios=(1.35 * SHOWN, 4.8))
     title = "Draws of the codes; deviation and error in grey levels, on one scale of colours"
     util.rows_figure([*rows, ("clean", clean, None)], title, figure=left)
-    measured = posterior[sigma]
-    title = f"{len(measured['expected'])} test images, sigma {sigma}"
-    util.curves_figure(calibration_panels(measured), title, figure=right)
+    title = f"{len(measured[SHOWN_SIGMA]['expected'])} test images, sigma {SHOWN_SIGMA}"
+    util.curves_figure(calibration_panels(measured[SHOWN_SIGMA]), title, figure=right)
     right.axes[1].set_ylim(bottom=0)  # else chance would look like a misfit
     return figure
 
 
-def calibration_panels(measured, bins=13):
+def calibration_panels(measured):
     """Panels for `util.curves_figure`: reliability of central intervals, and histogram of the truth's rank.
 
     Args:
         measured: What `measure_posterior` returned.
-        bins: Of the histogram.
     """
     samples, shares = measured["samples"], np.linspace(0.05, 0.95, 19)
     reliability, histogram = {}, {}
@@ -823,7 +818,7 @@ def calibration_panels(measured, bins=13):
         label = f"means of {side}x{side}" if side > 1 else "pixels"
         shown = [covered(measured[side], samples, share).mean() for share in shares]
         reliability[label] = shares, shown
-        counts, edges = np.histogram(measured[side]["rank"], np.linspace(-0.5, samples + 0.5, bins + 1))
+        counts, edges = np.histogram(measured[side]["rank"], np.linspace(-0.5, samples + 0.5, RANK_BINS + 1))
         density = counts / counts.sum() / np.diff(edges) * (samples + 1)
         histogram[label] = (edges[:-1] + edges[1:]) / 2 / samples, density
     reliability["calibrated"], histogram["calibrated"] = (shares, shares), ((0, 1), (1, 1))
@@ -926,7 +921,7 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
 
     Args:
         args: Arguments of the run.
-        models: Dict of autoencoders to compare by label; the last one is the run's own.
+        models: Dict of autoencoders to compare by run; the last one is the run's own.
         encoder, decoder: Of the run.
         data: `load_data.Data`.
         rows: Metrics of each epoch.
@@ -946,30 +941,29 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
         write_sample_maps(draft, name, encoder, data)
         described = util.describe_run(args, rows, "val_psnr") | data.described
         described["training_images"] = len(data.images[data.denoiser_split])
-        results, posterior = evaluation(models, encoder, decoder, data, TEST_IMAGES)
+        results, measured = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
         util.save_figure(
             util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name),
             draft / f"figures/{name}_history.png",
         )
-        draw_results(draft, name, models, encoder, decoder, data, posterior)
+        draw_results(draft, name, models, encoder, decoder, data, measured)
         util.write_record(draft, name, described | (record or {}) | results)
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
 
 
-def draw_results(draft, name, models, encoder, decoder, data, posterior):
-    """Write the figures of what `evaluation` measured, `figures/NAME_*.png`."""
+def draw_results(draft, name, models, encoder, decoder, data, measured):
+    """Write the figures of what `measure_and_print` measured, `figures/NAME_*.png`."""
     shown = data.sample("test", SHOWN)
     figures = {
         "reconstructions": reconstruction_figure(models, shown),
         "sweep": sweep_figure(models, data.sample("test", SWEEP_IMAGES)),
-        "posterior": posterior_figure(encoder, decoder, shown, posterior),
-        "expected": expected_figure(posterior, name),
+        "posterior": posterior_figure(encoder, decoder, shown, measured),
+        "expected": expected_figure(measured, name),
     }
-    for kind, figure in figures.items():
-        util.save_figure(figure, draft / f"figures/{name}_{kind}.png")
+    util.save_figures(draft, name, figures)
 
 
-def evaluation(models, encoder, decoder, data, count):
+def measure_and_print(models, encoder, decoder, data, count):
     """Evaluate on the first `count` test images and print the tables.
 
     Returns:
@@ -992,10 +986,10 @@ def evaluation(models, encoder, decoder, data, count):
     measured = {sigma: measure_posterior(encoder, decoder, clean, sigma) for sigma in POSTERIOR_SIGMAS}
     calibration = [row for sigma in measured for row in calibration_rows(measured[sigma], sigma)]
     quality = [quality_row(measured[sigma], sigma) for sigma in measured]
-    posterior = calibration, quality, code_rows(encoder, clean)
-    for rows in posterior:
+    tables = calibration, quality, code_rows(encoder, clean)
+    for rows in tables:
         print(util.format_table(rows), end="\n\n")
-    return results | {"posterior": {described(clean): posterior}}, measured
+    return results | {"posterior": {described(clean): tables}}, measured
 
 
 def multiply_accumulates(model, shape):
@@ -1026,32 +1020,37 @@ def cost(model):
     }
 
 
-def evaluate_saved(args, labels):
-    """Evaluate saved models and add the result to the run record; draw it if it is what the training drew.
+def evaluate_saved(args):
+    """Evaluate a saved run, beside the one it is stacked on, and add the result to its record.
 
-    Args:
-        args: Arguments of the verb `evaluate`.
-        labels: Dict of the names of runs by label; the last one is the run's own.
+    Its figures are drawn anew if the data are those that the training drew.
     """
     with util.locked(args.out, args.name):
-        models = {label: util.load_model(args.out, run, "autoencoder") for label, run in labels.items()}
-        parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         record = util.read_record(args.out, args.name)
+        names = [record["base"], args.name] if record.get("base") else [args.name]
+        models = {run: util.load_model(args.out, run, "autoencoder") for run in names}
+        parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         trained_size = util.size_of_run(record, dataset_name(args.dataset))
         data = load_data(args.dataset, args.data_dir, args.size or trained_size)
-        results, posterior = evaluation(models, *parts, data, args.images)
+        results, measured = measure_and_print(models, *parts, data, args.images)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
         with util.publishing(args.out, args.name) as draft:
             same_data = record.get("data") == data.described["data"] and args.size in (None, trained_size)
             if same_data and args.images == TEST_IMAGES:
-                draw_results(draft, args.name, models, *parts, data, posterior)
+                draw_results(draft, args.name, models, *parts, data, measured)
             util.write_record(draft, args.name, record | results)
 
 
 def root_mean_square(errors):
     """Root mean square of an array."""
     return math.sqrt(np.square(errors, dtype=np.float64).mean())
+
+
+def load_parts(args, precision="float32"):
+    """Saved autoencoder; with --samples, the encoder and decoder of the same run after it."""
+    parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
+    return [util.load_model(args.out, args.name, part, precision) for part in parts]
 
 
 def psnr_of(error):
@@ -1088,9 +1087,11 @@ def picture_row(clean, noisy, models, samples):
 
 def evaluate_pictures(args):
     """Measure a saved model on a folder of pictures of any size; print a row for each and their mean."""
-    parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
-    models = [util.load_model(args.out, args.name, part) for part in parts]
+    models = load_parts(args)
     if args.save:
+        places = [path.resolve() for path in (args.pictures, args.noisy) if path]
+        if any(args.save.resolve().is_relative_to(place) for place in places):
+            raise DataError(f"{args.save}: its pictures would be measured, too; choose another --save")
         util.check_writable(args.save, "choose another --save")
     print(f"Denoised by {args.name}", flush=True)
     noises = {f"{kind} {sigma}": (kind, sigma) for kind in args.noise for sigma in SIGMAS}
@@ -1104,7 +1105,7 @@ def evaluate_pictures(args):
             row, denoised = picture_row(clean, noisy, models, args.samples)
             rows.append({"noise": label, "picture": name} | row)
             if args.save:
-                stem = f"{name.replace('/', '_')}_{label.replace(' ', '_')}"
+                stem = f"{name}_{label.replace(' ', '_')}"
                 write_pixels(args.save / f"{stem}_denoised.png", denoised)
                 write_pixels(args.save / f"{stem}.png", noisy if not noise else util.to_uint8(noisy))
         means = {key: float(np.mean([row[key] for row in rows])) for key in list(rows[0])[2:]}
@@ -1189,8 +1190,7 @@ def denoise_pictures(args):
     pairs = sources_and_targets(args.pictures, args.to, args.samples)
     folder = pairs[0][1].parent
     util.check_writable(folder, "choose another --to")
-    parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
-    models = [util.load_model(args.out, args.name, part, args.precision) for part in parts]
+    models = load_parts(args, args.precision)
     print(f"Denoising by {args.name}", flush=True)
     failed = 0
     for source, target in pairs:
@@ -1219,7 +1219,7 @@ def add_train_options(parser):
         help="range of the training noise's standard deviation, on the 0-255 scale",
     )
     parser.add_argument(
-        "--detail-epochs", type=util.number(int, 0), default=DETAIL_EPOCHS, help="of the detail code"
+        "--detail-epochs", type=util.number(int, 0), default=DETAIL_EPOCHS, help="passes for the detail code"
     )
     parser.add_argument("--filters", type=util.number(int, 12), default=FILTERS, help="channels, 12 at least")
     parser.add_argument(
@@ -1246,12 +1246,14 @@ def add_evaluate_options(parser):
     """Add the options of the verb `evaluate`."""
     add_data_options(parser)
     util.add_saved_run_options(parser)
-    parser.add_argument("--images", type=util.number(int, 1), default=TEST_IMAGES, help="test images to use")
+    parser.add_argument(
+        "--images", type=util.number(int, 1), default=TEST_IMAGES, help="how many test images to use"
+    )
     parser.add_argument(
         "--pictures",
         type=util.given_path,
         metavar="CLEAN",
-        help="measure on this folder's whole pictures instead",
+        help=f"measure {PHOTOGRAPHS_RUN}, or --name, on whole pictures of this folder instead",
     )
     parser.add_argument("--noisy", type=util.given_path, help="folder of the same pictures with real noise")
     parser.add_argument(
@@ -1259,7 +1261,8 @@ def add_evaluate_options(parser):
         choices=NOISE_KINDS,
         nargs="+",
         default=["white"],
-        help="kinds of noise to add to --pictures",
+        metavar="KIND",
+        help=f"kinds of noise to add to --pictures: {', '.join(NOISE_KINDS)}",
     )
     parser.add_argument(
         "--save", type=util.given_path, metavar="FOLDER", help="write noisy and denoised --pictures there"
@@ -1291,7 +1294,10 @@ def add_denoise_options(parser):
         help="run whose model denoises",
     )
     parser.add_argument(
-        "--out", type=util.given_path, default=util.HERE, help="where models/, weights/ and logs/ are"
+        "--out",
+        type=util.given_path,
+        default=util.HERE,
+        help="where models/ and weights/ are, not the result",
     )
     parser.add_argument(
         "--strength",
@@ -1339,32 +1345,36 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
     if args.verb == "train" and not (args.epochs or args.start):
         train.error("argument --epochs: 0 keeps what --start names; give one")
-    if args.verb == "evaluate" and not args.pictures:
-        for option in ("noisy", "noise", "save", "samples"):
+    if args.verb == "evaluate":
+        foreign = ("dataset", "size", "images") if args.pictures else ("noisy", "noise", "save", "samples")
+        for option in foreign:
             if getattr(args, option) != evaluate.get_default(option):
-                evaluate.error(f"argument --{option}: of --pictures only; give them, too")
+                remedy = "not with --pictures" if args.pictures else "of --pictures only; give them, too"
+                evaluate.error(f"argument --{option}: {remedy}")
+        if args.noisy and args.noise != evaluate.get_default("noise"):
+            evaluate.error("argument --noise: not with --noisy, whose pictures have noise")
     return args
 
 
-def use_saved(args, labels):
-    """Do what the verbs `denoise` and `evaluate` ask for; `labels` as `evaluate_saved` takes them."""
+def use_saved(args):
+    """Do what the verbs `denoise` and `evaluate` ask for."""
     if args.verb == "denoise":
         denoise_pictures(args)
     elif args.pictures:
         evaluate_pictures(args)
     else:
-        evaluate_saved(args, labels)
+        evaluate_saved(args)
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.verb != "train":
-        use_saved(args, {"simple": args.name})
+        use_saved(args)
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     with util.training(__file__, args, data.checksums):
         encoder, decoder, autoencoder, rows = train(args, data)
-        write_run(args, {"simple": autoencoder}, encoder, decoder, data, rows)
+        write_run(args, {args.name: autoencoder}, encoder, decoder, data, rows)
 
 
 if __name__ == "__main__":

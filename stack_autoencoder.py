@@ -147,7 +147,8 @@ def stack_detail_decoder(level_one, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS
 def validation_psnr(vae, data, args):
     """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images."""
     model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
-    noisy, clean = validation_pair(data.images["validation"], args.noise, args.sigma)
+    images = simple.whole_cells(data.images["validation"], util.stride(model))
+    noisy, clean = validation_pair(images, args.noise, args.sigma)
     return float(util.psnr(util.to_uint8(clean), util.denoise(model, noisy)).mean())
 
 
@@ -157,7 +158,10 @@ def add_stack_options(parser):
         "--base", type=util.run_name, help="simple model to stack on (default: simple_DATASET)"
     )
     parser.add_argument(
-        "--greedy-epochs", type=util.number(int, 1), default=GREEDY_EPOCHS, help="with level one frozen"
+        "--greedy-epochs",
+        type=util.number(int, 1),
+        default=GREEDY_EPOCHS,
+        help="passes with level one frozen",
     )
     parser.set_defaults(
         filters=FILTERS,
@@ -212,15 +216,14 @@ def train(args, data, base):
 def main(argv=None):
     args = simple.parse_args(argv, "stacked", __doc__, add_stack_options)
     if args.verb != "train":
-        base = util.read_record(args.out, args.name).get("base")
-        simple.use_saved(args, ({"simple": base} if base else {}) | {"stacked": args.name})
+        simple.use_saved(args)
         return
     started_on = util.read_record(args.out, args.start).get("base") if args.start else None
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
-    models = {"simple": util.load_model(args.out, base, "autoencoder")}
+    models = {base: util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args, data.checksums):
-        encoder, decoder, models["stacked"], rows, record = train(args, data, base)
+        encoder, decoder, models[args.name], rows, record = train(args, data, base)
         simple.write_run(args, models, encoder, decoder, data, rows, record)
 
 

@@ -87,11 +87,13 @@ FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
 UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
-LABELS = ("sigma", "clean", "noisy", "pixels", "PCA")  # of tables and figures, beside names of runs
+RESERVED_NAMES = ("sigma", "clean", "noisy", "pixels", "PCA")  # beside runs in tables and figures
 LARGEST_WEIGHT = 1e6  # of a saved model
 NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
-# arguments that may change when a run is resumed
+# arguments that may change when a run is resumed, beside numbers of epochs
 CHANGEABLE = ("verb", "out", "resume", "data_dir", "precision", "learning_rate", "denoisers")
+DRAWS_SEED = 0  # of the codes of pictures
+DRAWN_AT_ONCE = 32  # side of the squares of a code that are drawn as a whole
 TILE, SAMPLING_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
 REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
@@ -129,7 +131,7 @@ def add_training_options(parser, epochs, batch_size):
     )
     add_precision_option(parser)
     parser.add_argument(
-        "--start", type=run_name, metavar="NAME", help="saved run to go on from, as in fine-tuning"
+        "--start", type=run_name, metavar="NAME", help="saved run whose weights to begin with"
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
@@ -146,9 +148,7 @@ def add_precision_option(parser):
 
 def add_saved_run_options(parser):
     """Add the options that say which saved run a verb works on."""
-    parser.add_argument(
-        "--name", type=run_name, help="run to evaluate (default: by the data set, or the one for pictures)"
-    )
+    parser.add_argument("--name", type=run_name, help="run to evaluate (default: from the data set)")
     parser.add_argument("--out", type=given_path, default=HERE, help="where models/, weights/ and logs/ are")
 
 
@@ -168,6 +168,8 @@ def parse_resumable(parser, train, argv, default_name):
     """
     args = parser.parse_args(argv)
     args.name = args.name or default_name(args)
+    if not _is_run_name(args.name):
+        parser.error(f"argument --name: {args.name} cannot be part of names of files; give another")
     if args.verb == "train":
         join_processes()
     if args.verb == "train" and args.resume:
@@ -229,10 +231,14 @@ def number(kind, low, high=10**9):
 
 def run_name(text):
     """Check the name of a run: letters, digits, `_` and `-`, since it becomes part of file names."""
-    taken = text in LABELS or text.startswith(tuple(f"{part}_" for part in PARTS))
-    if taken or not re.fullmatch(r"[\w-]+", text) or len(os.fsencode(text)) > NAME_BYTES:
+    if not _is_run_name(text):
         raise ValueError(text)
     return text
+
+
+def _is_run_name(text):
+    taken = text in RESERVED_NAMES or text.startswith(tuple(f"{part}_" for part in PARTS))
+    return not taken and re.fullmatch(r"[\w-]+", text) and len(os.fsencode(text)) <= NAME_BYTES
 
 
 def given_path(text):
@@ -537,7 +543,8 @@ def _keep_arguments(path, script, args, data):
     if interrupted.pop("data", data) != data:  # which a new date of a file is enough for
         print("The pictures have changed since the run was interrupted, and perhaps their splits.")
     for key, old in interrupted.items():
-        if key not in CHANGEABLE and "epochs" not in key and new.get(key, old) != old:
+        more_epochs = "epochs" in key and old  # a stage that was left out stays so
+        if key not in CHANGEABLE and not more_epochs and new.get(key, old) != old:
             what = f"the interrupted run has {key.replace('_', '-')} {old}, not {new[key]}"
             raise ModelError(f"{path}: {what}; resume it as it was, or delete {path.parent}")
     with atomic(path) as temporary:
@@ -1061,14 +1068,19 @@ def level_means(outputs):
     return means[: max(1, len(means) // 2)]
 
 
+def decoder_input(codes):
+    """What a decoder is called with: a list of codes, but a single code without a list."""
+    return codes if len(codes) > 1 else codes[0]
+
+
 def decode(decoder, codes):
-    """Call a decoder; one of a single code takes it without a list."""
-    return decoder(codes if len(codes) > 1 else codes[0])
+    """Images (N, H, W, 3), symbolic or of the backend, of a decoder from codes."""
+    return decoder(decoder_input(codes))
 
 
 def decode_arrays(decoder, codes):
     """Images (N, H, W, 3) of a saved decoder from codes, both NumPy arrays."""
-    return decoder.predict(codes if len(codes) > 1 else codes[0], verbose=0)
+    return decoder.predict(decoder_input(codes), verbose=0)
 
 
 def sample_codes(outputs, noise):
@@ -1085,7 +1097,7 @@ def sample_codes(outputs, noise):
     return [mean + np.exp(log_var / 2) * values for mean, log_var, values in codes]
 
 
-def draws_of_window(encoder, decoder, window, top, left, samples, seed=0):
+def draws_of_window(encoder, decoder, window, top, left, samples):
     """Images decoded from draws of the posterior of a part of a picture.
 
     What is drawn for a code depends on its place in the picture alone: windows that overlap agree.
@@ -1095,7 +1107,6 @@ def draws_of_window(encoder, decoder, window, top, left, samples, seed=0):
         window: float32 array (1, h, w, 3).
         top, left: Where it begins in the picture.
         samples: Number of draws.
-        seed: Of the draws.
 
     Yields:
         Array like `window`.
@@ -1104,26 +1115,25 @@ def draws_of_window(encoder, decoder, window, top, left, samples, seed=0):
     grids = [(window.shape[1] // mean.shape[1], mean.shape[1:]) for mean in split_codes(outputs)[0]]
     for sample in range(samples):
         noise = (
-            endless_normal((seed, sample, index), top // cell, left // cell, shape)
+            endless_normal((DRAWS_SEED, sample, index), top // cell, left // cell, shape)
             for index, (cell, shape) in enumerate(grids)
         )
         codes = sample_codes(outputs, noise)
-        yield decoder.predict_on_batch(codes if len(codes) > 1 else codes[0])
+        yield decoder.predict_on_batch(decoder_input(codes))
 
 
-def endless_normal(key, top, left, shape, block=32):
+def endless_normal(key, top, left, shape):
     """Cut a part out of an endless grid of standard normal values, which does not depend on how it is cut.
 
     Args:
         key: Tuple of integers that tells one grid from another.
         top, left: Where the part begins.
         shape: (h, w, c) of the part.
-        block: Side of the squares that are drawn as a whole.
 
     Returns:
         float32 array (h, w, c).
     """
-    height, width, channels = shape
+    (height, width, channels), block = shape, DRAWN_AT_ONCE
     rows = range(top // block, -(-(top + height) // block))
     columns = range(left // block, -(-(left + width) // block))
     grid = np.empty((len(rows), block, len(columns), block, channels), np.float32)
@@ -1218,21 +1228,19 @@ class Checkpoint(keras.callbacks.Callback):
         Raises:
             ModelError: not a checkpoint, or one of another architecture.
         """
-        path = self.path
+        path, remedy = self.path, f"delete {self.folder} to train this stage anew"
         if not path.exists():
             return 0
         try:
             with h5py.File(path) as file:
                 rows = json.loads(file["history"].asstr()[()])
         except (OSError, KeyError, ValueError):
-            raise ModelError(f"{path}: damaged checkpoint; train without --resume") from None
+            raise ModelError(f"{path}: damaged checkpoint; {remedy}") from None
         try:
             with warnings.catch_warnings(action="ignore"):  # of every layer of another model
                 self.model.load_weights(path)
         except Exception as error:
-            raise ModelError(
-                f"{path}: does not fit this model ({first_line(error)}); train without --resume"
-            ) from None
+            raise ModelError(f"{path}: does not fit this model ({first_line(error)}); {remedy}") from None
         self.rows = rows
         return len(rows)
 
@@ -1498,7 +1506,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     checkpoint.set_model(model)
     done = checkpoint.restore()
     for later in folder.glob("*/checkpoint.weights.h5") if 0 < done < epochs else ():
-        if later.stat().st_mtime > checkpoint.path.stat().st_mtime:  # it would bring the weights of then back
+        if later.stat().st_mtime > checkpoint.path.stat().st_mtime:  # it holds this stage's weights of then
             raise ModelError(f"{later}: {later.parent.name} has begun; resume with the epochs of before")
     checkpoint.rows = broadcast_json(checkpoint.rows)
     # the checkpoint comes last, when all else of the epoch is on disk
@@ -1594,7 +1602,8 @@ def curves_figure(panels, title="", ticks=None, figure=None):
         values = sorted({value for x, _ in curves.values() for value in x})
         few = ticks or len(values) <= 8
         whole = all(float(value).is_integer() for value in values)
-        axis.xaxis.set_major_locator(FixedLocator(ticks or values) if few else MaxNLocator(integer=whole))
+        round_values = MaxNLocator(steps=(1, 2, 5, 10), integer=whole)
+        axis.xaxis.set_major_locator(FixedLocator(ticks or values) if few else round_values)
         axis.grid(alpha=0.3)
     figure.legend(
         [lines[label] for label in labels], labels, loc="outside lower center", ncols=columns, fontsize=8
@@ -1618,12 +1627,9 @@ def history_figure(rows, names, title=""):
     for name in names:
         measured = [row for row in rows if row.get(name) is not None]
         if measured:
-            epochs, curves = (
-                [row["epoch"] for row in measured],
-                {"training": name, "validation": f"val_{name}"},
-            )
-            lines = {label: (epochs, [row[key] for row in measured]) for label, key in curves.items()}
-            panels.append(("epoch", name, lines))
+            epochs, keys = [row["epoch"] for row in measured], {"training": name, "validation": f"val_{name}"}
+            curves = {label: (epochs, [row[key] for row in measured]) for label, key in keys.items()}
+            panels.append(("epoch", name, curves))
     return curves_figure(panels, title)
 
 
@@ -1631,6 +1637,12 @@ def save_figure(figure, path):
     """Write a matplotlib figure as PNG."""
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def save_figures(out, name, figures):
+    """Write matplotlib figures by kind as `figures/NAME_KIND.png`."""
+    for kind, figure in figures.items():
+        save_figure(figure, Path(out) / f"figures/{name}_{kind}.png")
 
 
 def save_gif(figures, path):

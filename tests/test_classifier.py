@@ -3,6 +3,7 @@ import shutil
 
 import classifier
 import util
+from load_data import Data, DataError, check_labelled
 
 import keras
 import numpy as np
@@ -295,6 +296,25 @@ def test_one_class_is_refused(tmp_path):
 @pytest.mark.parametrize("argument", ["--epochs=2", "--rounds=0", "--widths=5", "--features=a/b", "denoise"])
 def test_wrong_usage_is_told(argument):
     assert "error: " in usage_error(classifier.parse_args, [argument])
+
+
+def test_default_name_that_is_too_long_is_refused():
+    arguments = [f"--dataset=/{'p' * 60}", f"--features=simple_{'p' * 60}"]
+    assert "argument --name: classifier_ppp" in usage_error(classifier.parse_args, arguments)
+
+
+def test_feature_maps_of_three_channels_are_no_images():
+    model = classifier.build_classifier((8, 8, 3), 2, (8, 8, 8), of_features=True)
+    assert [layer.name for layer in model.layers][:2] == ["features", "convolution_1a"]
+
+
+def test_limit_above_the_labelled_images_is_told():
+    images = {"train": random_images(4, 8, 8, 3), "unlabeled": random_images(9, 8, 8, 3)}
+    labels = {"train": np.arange(4), "unlabeled": np.full(9, -1)}
+    data = Data("stl10", images, labels, tuple("abcd"), {})
+    check_labelled(data, "stl10", 4)
+    with pytest.raises(DataError, match="stl10: --limit 9 is more than its 4 labelled images; lower it"):
+        check_labelled(data, "stl10", 9)
 
 
 def test_default_epochs_are_those_of_all_rounds():

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import simple_autoencoder as simple
 import util
-from load_data import SIGMAS, Batches, Data, add_noise
+from load_data import SIGMAS, Batches, Data, add_noise, pictures_with_noise
 from stl10_input import read_all_images
 
 import h5py
@@ -256,6 +257,15 @@ def test_draws_are_calibrated_by_one_number():
     assert again[-1] == pytest.approx(1, abs=0.03)
 
 
+def test_draws_of_a_single_image_are_measured():
+    _, encoder, decoder = joined_models()
+    clean, args = random_images(1, 14, 14, 3), Namespace(sigma=(0, 40), noise={"white": 1.0})
+    assert 0 < simple.calibrate(encoder, decoder, clean, args) < np.inf
+    measured = simple.measure_posterior(encoder, decoder, clean, 25, samples=4)
+    assert all(0 <= row["worst tenth"] <= 1 for row in simple.calibration_rows(measured, 25))
+    assert simple.quality_row(measured, 25)["correlation"] is None
+
+
 def test_posterior_is_measured_as_by_a_plain_loop():
     autoencoder, encoder, decoder = joined_models()
     clean = random_images(3, 8, 8, 3)
@@ -360,12 +370,12 @@ def test_saved_models_can_be_trained_further(trained):
 
 
 def test_curves_show_what_was_measured(trained):
-    psnr = {row["sigma"]: row["simple PSNR"] for row in evaluation_of(trained.out)}
+    psnr = {row["sigma"]: row[f"{NAME} PSNR"] for row in evaluation_of(trained.out)}
     (x, y, (noisy, denoised)), ssim = curves_of(trained.figures[f"{NAME}_sweep.png"])
     assert (x, y, *ssim[:2]) == ("sigma", "PSNR in dB", "sigma", "SSIM")
     assert denoised == ([25, 50], pytest.approx([psnr[25], psnr[50]], abs=1e-4))
     assert (np.array(noisy[1]) < denoised[1]).all()
-    assert legend_of(trained.figures[f"{NAME}_sweep.png"]) == ["noisy", "simple"]
+    assert legend_of(trained.figures[f"{NAME}_sweep.png"]) == ["noisy", NAME]
     rows = util.read_csv(trained.out / f"logs/{NAME}.csv")
     assert [(row["stage"], row["epoch"]) for row in rows] == [("z", 1), ("z", 2), ("detail", 3)]
     panels = curves_of(trained.figures[f"{NAME}_history.png"])
@@ -383,7 +393,7 @@ def test_images_are_shown_with_their_psnr(trained, shown):
         noisy = add_noise(shown, sigma)
         for label, images in (
             (f"noisy, sigma {sigma}", util.to_uint8(noisy)),
-            ("simple", util.denoise(autoencoder, noisy)),
+            (NAME, util.denoise(autoencoder, noisy)),
         ):
             rows.append(images)
             captions = [f"{value:.1f} dB" for value in util.psnr(shown, images)]
@@ -451,7 +461,7 @@ def test_feature_maps_are_shown_each_in_its_own_range(trained, shown):
 
 def test_output_without_a_terminal_is_plain_lines(trained):
     assert "val_psnr" in trained.printed
-    assert "| sigma | noisy PSNR | simple PSNR | noisy SSIM | simple SSIM |" in trained.printed
+    assert f"| sigma | noisy PSNR | {NAME} PSNR | noisy SSIM | {NAME} SSIM |" in trained.printed
     assert not set("\r\b\x1b") & set(trained.printed)
 
 
@@ -503,10 +513,10 @@ def test_detail_code_is_trained_with_the_rest_as_it_is(trained, tmp_path):
     assert not list(out.glob("gifs/simple_again*"))
     usage = usage_error(simple.parse_args, ["--epochs=0"])
     assert "argument --epochs: 0 keeps what --start names" in usage
-    assert (
-        evaluation_of(out)
-        == util.read_record(out, "simple_again")["evaluation"]["photos, 16 images of 24x24"]
+    before, after = (
+        [list(row.values()) for row in evaluation_of(out, name)] for name in (NAME, "simple_again")
     )
+    assert before == after
 
 
 def test_training_goes_on_from_a_saved_run_of_its_architecture(trained_copy):
@@ -638,13 +648,20 @@ def test_resume_with_another_architecture(stopped):
     assert checkpoint_of(stopped).read_bytes() == before
 
 
+def test_stage_that_was_left_out_stays_so(stopped):
+    path = stopped / f"logs/{NAME}.training/arguments.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"detail_epochs": 0}))
+    line = told_line(printed_by, simple, *RESUME, "--out", stopped, "--detail-epochs=1")
+    assert line.startswith(f"{path}: the interrupted run has detail-epochs 0, not 1; resume it as it was")
+
+
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_truncated_checkpoint(stopped, share):
     checkpoint = checkpoint_of(stopped)
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[: int(share * len(whole))])
     line = told_line(printed_by, simple, *RESUME, "--out", stopped)
-    assert line == f"{checkpoint}: damaged checkpoint; train without --resume"
+    assert line == f"{checkpoint}: damaged checkpoint; delete {checkpoint.parent} to train this stage anew"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
@@ -996,9 +1013,19 @@ def test_pictures_of_a_folder_are_measured_by_the_protocol(test_set, tmp_path):
         assert [float(cell) for cell in measured["white 25", name][:2]] == pytest.approx(expected, abs=0.011)
     mean = np.mean([float(measured["white 25", name][1]) for name in ("a", "grey", "inside/b")])
     assert float(measured["white 25", "mean of 3"][1]) == pytest.approx(mean, abs=0.02)
-    saved = iio.imread(tmp_path / "saved/inside_b_white_15.png")
+    saved = iio.imread(tmp_path / "saved/inside/b_white_15.png")
     expected = add_noise(iio.imread(clean / "inside/b.png")[None], 15)[0]
     np.testing.assert_array_equal(saved, util.to_uint8(expected))
+
+
+def test_white_noise_is_one_for_all_pictures_and_every_picture_has_its_own_camera(tmp_path):
+    picture = np.full((24, 24, 3), 128, np.uint8)
+    for name in ("a.png", "b.png"):
+        iio.imwrite(tmp_path / name, picture)
+    for kind in ("white", "camera"):
+        (_, _, first), (_, _, second) = pictures_with_noise(tmp_path, kind, 25)
+        np.testing.assert_array_equal(first, add_noise(picture[None], 25, kind=kind)[0])
+        assert np.array_equal(first, second) == (kind == "white")
 
 
 def test_real_pairs_are_measured_by_their_names(test_set, tmp_path):
@@ -1038,10 +1065,26 @@ def test_real_pairs_are_measured_by_their_names(test_set, tmp_path):
         (["--noisy", "x"], "argument --noisy: of --pictures only"),
         (["--noise", "camera"], "argument --noise: of --pictures only"),
         (["--samples", "-1"], "-1 is not from 0"),
+        (["--pictures", "x", "--images", "5"], "argument --images: not with --pictures"),
+        (["--pictures", "x", "--noisy", "y", "--noise", "grey"], "argument --noise: not with --noisy"),
     ],
 )
 def test_wrong_usage_of_a_test_set(arguments, told):
     assert told in usage_error(simple.parse_args, ["evaluate", *arguments])
+
+
+def test_pictures_that_cannot_be_measured_are_told(test_set):
+    clean, out = test_set
+    arguments = ["evaluate", "--pictures", str(clean), "--name", NAME, "--out", str(out)]
+    line = told_line(simple.main, [*arguments, "--save", f"{clean}/inside/saved"])
+    assert line == f"{clean}/inside/saved: its pictures would be measured, too; choose another --save"
+    iio.imwrite(clean / "a.tif", random_images(30, 40, 3))
+    line = told_line(simple.main, arguments)
+    assert line == f"{clean}/a.tif: of the same name as {clean}/a.png; remove one"
+    iio.imwrite(clean / "a.tif", random_images(11, 40, 3))
+    (clean / "a.png").unlink()
+    line = told_line(simple.main, arguments)
+    assert line == f"{clean}/a.tif: smaller than 12x12 pixels; remove it"
 
 
 def test_psnr_of_no_error_is_infinite():

@@ -1,8 +1,10 @@
 import shutil
+from argparse import Namespace
 
 import simple_autoencoder as simple
 import stack_autoencoder as stack
 import util
+from load_data import Data
 
 import h5py
 import imageio.v3 as iio
@@ -118,8 +120,8 @@ def test_run_tells_what_each_stage_brought(stacked):
     kept = "joint" if stages["joint"] >= stages["greedy"] else "greedy"
     assert record["best"]["stage"] == kept
     assert ("The joint stage has not gained" in stacked.printed) == (kept == "greedy")
-    header = "| sigma | noisy PSNR | simple PSNR | stacked PSNR | noisy SSIM | simple SSIM | stacked SSIM |"
-    assert header in stacked.printed
+    columns = [f"{label} {measure}" for measure in ("PSNR", "SSIM") for label in ("noisy", NAME, STACKED)]
+    assert f"| sigma | {' | '.join(columns)} |" in stacked.printed
     assert record["base"] == NAME
 
 
@@ -132,9 +134,9 @@ def test_stacked_files_and_figures_are_those_of_simple(stacked):
     with h5py.File(out / f"feature_maps/{STACKED}_test.h5") as file:
         assert file["features"].shape == (16, 6, 6, 12)
         assert file.attrs["run"] == STACKED
-    assert legend_of(stacked.figures[f"{STACKED}_sweep.png"]) == ["noisy", "simple", "stacked"]
+    assert legend_of(stacked.figures[f"{STACKED}_sweep.png"]) == ["noisy", NAME, STACKED]
     reconstructions = labels_of(stacked.figures[f"{STACKED}_reconstructions.png"])
-    assert [label for label, _ in reconstructions if label][:3] == ["noisy, sigma 25", "simple", "stacked"]
+    assert [label for label, _ in reconstructions if label][:3] == ["noisy, sigma 25", NAME, STACKED]
     levels = [label for label, _ in labels_of(stacked.figures[f"{STACKED}.png"]) if label]
     assert levels == ["level 1\nfrom 0", "level 2\nfrom 0"]
     _, _, (training, _) = curves_of(stacked.figures[f"{STACKED}_history.png"])[0]
@@ -173,8 +175,22 @@ def test_stack_goes_on_from_a_saved_one_without_a_greedy_stage(stacked, tmp_path
     before = util.read_record(out, STACKED)["validation_psnr"]
     assert stages["start"] == pytest.approx(max(before["greedy"], before["joint"]), abs=0.01)
     saved = util.load_model(out, STACKED, "autoencoder")
-    for ours, theirs in zip(kept["stacked"].get_weights(), saved.get_weights(), strict=True):
+    for ours, theirs in zip(kept["tuned"].get_weights(), saved.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_validation_images_of_odd_sides_are_cut_to_whole_cells():
+    encoder, decoder = small_models()
+    vae = simple.DenoisingVAE(
+        stack.stack_encoder(encoder, 20, 1, 18), stack.stack_decoder(decoder, 20, 1, 18)
+    )
+    args = Namespace(noise={"camera": 1.0}, sigma=(0, 75))
+    images = random_images(2, 19, 22, 3)
+    odd, whole = (
+        stack.validation_psnr(vae, Data("odd", {"validation": cut}, {}, (), {}), args)
+        for cut in (images, images[:, :16, :20])
+    )
+    assert odd == whole
 
 
 def test_evaluate_shows_simple_beside_stacked(stacked, tmp_path):
