@@ -273,13 +273,17 @@ class DenoisingVAE(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         denoised, means, log_vars = y_pred
-        mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
-        values = ops.cast(ops.prod(ops.shape(y)[1:]), "float32")  # of an image: H * W * 3
+        mse, kl = self.measure(y, denoised, means, log_vars)
+        return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
+
+    def measure(self, clean, denoised, means, log_vars):
+        """MSE and KL, in nats per pixel value, of each image (N,); updates the metrics."""
+        mse = ops.mean(ops.square(clean - denoised), axis=(1, 2, 3))
+        values = ops.cast(ops.prod(ops.shape(clean)[1:]), "float32")  # of an image: H * W * 3
         kl = sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
         self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.kl.update_state(kl)
-        loss = 0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl
-        return ops.mean(loss)
+        return mse, kl
 
 
 class DetailVAE(DenoisingVAE):
@@ -338,8 +342,7 @@ class DetailVAE(DenoisingVAE):
         denoised, noisy, draws, log_vars = y_pred
         sigma = ops.sqrt(ops.mean(ops.square(noisy - y), axis=(1, 2, 3), keepdims=True))
         weight = 1 / ops.maximum(2 * GREY_LEVEL, ops.sqrt(GREY_LEVEL * sigma / 2))
-        values = ops.cast(ops.prod(ops.shape(y)[1:]), "float32")
-        kl = sum(kl_divergence(0.0, log_var) for log_var in log_vars) / values
+        _, kl = self.measure(y, denoised, [0.0] * len(log_vars), log_vars)
         loss = self.kl_weight * ops.mean(kl)
         for side, share in CRPS_WEIGHTS.items():
             a, b, clean = (ops.average_pool(images, side, strides=side) for images in (*draws, y))
@@ -347,9 +350,6 @@ class DetailVAE(DenoisingVAE):
             loss += share * ops.mean(weight * crps)
             if side == 1:
                 self.crps.update_state(crps / GREY_LEVEL)
-        mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
-        self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
-        self.kl.update_state(kl)
         return loss
 
 

@@ -56,13 +56,9 @@ def load_level_one(out, name):
     for part, build in builds.items():
         kind = part.split("_")[1]
         try:
-            old = saved[kind].get_layer(part)
+            old, z_encoder = saved[kind].get_layer(part), saved["encoder"].get_layer("z_encoder")
             blocks = sum(isinstance(layer, layers.Add) for layer in old.layers)
-            z_encoder = saved["encoder"].get_layer("z_encoder")
-            filters, latent_dim = (
-                z_encoder.get_layer("to_cells").filters,
-                z_encoder.get_layer("z_mean").filters,
-            )
+            filters, latent_dim = (z_encoder.get_layer(name).filters for name in ("to_cells", "z_mean"))
             models.append(build(filters, blocks, latent_dim))
             models[-1].set_weights(old.get_weights())
         except ValueError:
