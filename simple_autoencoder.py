@@ -844,9 +844,14 @@ def expected_figure(posterior, title):
 
 
 def feature_figure(encoder, clean):
-    """The channels of each level's z_mean of one image (1, H, W, 3), each scaled to its own range."""
-    rows = []
-    outputs = encoder.predict(util.to_float(clean), verbose=0)
+    """The channels of each level's z_mean of the image that varies most, each scaled to its own range.
+
+    Args:
+        encoder: Saved model.
+        clean: uint8 array (N, H, W, 3).
+    """
+    rows, chosen = [], clean.std(axis=(1, 2, 3)).argmax()
+    outputs = encoder.predict(util.to_float(clean[[chosen]]), verbose=0)
     for level, mean in enumerate(util.level_means(outputs), start=1):
         maps = mean[0].transpose(2, 0, 1)
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
@@ -913,7 +918,8 @@ def write_sample_maps(draft, name, encoder, data):
             name, weights, images, pooling=0, dataset=data.name, split=split, sigma=0.0
         )
         util.write_feature_maps(draft / f"feature_maps/{name}_{split}.h5", encoder, images, labels, origin)
-    util.save_figure(feature_figure(encoder, data.sample("test", 1)), draft / f"feature_maps/{name}.png")
+    figure = feature_figure(encoder, data.sample("test", SHOWN))
+    util.save_figure(figure, draft / f"feature_maps/{name}.png")
 
 
 def write_run(args, models, encoder, decoder, data, rows, record=None):
