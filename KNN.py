@@ -310,7 +310,7 @@ def main(argv=None):
     count = len(data.images["test"])
     if args.clusters > len(data.images[data.denoiser_split]):
         raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
-    check_labelled(data, args.dataset, args.limit)
+    check_labelled(data, args.dataset)
     with util.locked(args.out, args.name), util.publishing(args.out, args.name) as draft:
         space_of = spaces(args, data)
         queries = query_images(data.images["test"], args.sigmas, denoiser)

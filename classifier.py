@@ -450,7 +450,7 @@ def write_run(args, model, rows, denoisers, data, represent):
         util.save_model(draft, model, args.name)
         util.write_csv(draft / f"logs/{args.name}.csv", rows)
         history = util.history_figure(rows, ("loss", "accuracy"), args.name)
-        util.save_figure(history, draft / f"figures/{args.name}_history.png")
+        util.save_figures(draft, args.name, {"history": history})
         record = util.describe_run(args, rows, MONITOR) | data.described
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
         rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]

@@ -189,7 +189,7 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
     return data
 
 
-def check_labelled(data, dataset, limit):
+def check_labelled(data, dataset, limit=None):
     """Check that the labelled training images are as many as asked for, and of several classes.
 
     Raises:
@@ -619,14 +619,14 @@ def _usable(data, source, size):
     return data
 
 
-def image_files(folder):
+def image_files(folder, remedy="choose another"):
     """Paths of the images in a folder and its subfolders, sorted; hidden ones are left out.
 
     Raises:
         DataError: no such folder, or no images in it.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images; choose another")
+        raise DataError(f"{folder}: no such folder; {remedy}")
 
     def name_it(error):
         print(f"{error.filename}: left out ({error.strerror})", flush=True)
@@ -640,7 +640,7 @@ def image_files(folder):
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
-        raise DataError(f"{folder}: there are no images in it (links are not followed); choose another")
+        raise DataError(f"{folder}: there are no images in it (links are not followed); {remedy}")
     return files
 
 
@@ -655,9 +655,7 @@ def _load_folder(folder, data_dir, size):
 
     Subfolders, if any, are the classes; what lies beside them is one more, of the data set's name.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; --dataset is {', '.join(BUILT_IN)} or a folder of images")
-    files = image_files(folder)
+    files = image_files(folder, f"--dataset is {', '.join(BUILT_IN)} or a folder of images")
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
     listing = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
     digest = hashlib.md5(repr((os.path.realpath(folder), listing)).encode()).hexdigest()

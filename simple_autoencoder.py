@@ -422,6 +422,11 @@ def whole_cells(images, cell):
     return images[:, :height, :width]
 
 
+def noisy_validation(clean, model, args):
+    """Noisy and clean validation images as `load_data.validation_pair` makes them, cut to a model's cells."""
+    return validation_pair(whole_cells(clean, util.stride(model)), args.noise, args.sigma)
+
+
 def gif_images(data, cell):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
     clean = whole_cells(data.sample("validation", SHOWN), cell)
@@ -450,7 +455,7 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
     images = whole_cells(data.images[data.denoiser_split], cell)
     batches = Batches(images, args.batch_size, args.seed, args.noise, args.sigma)
-    validation = validation_pair(whole_cells(data.images["validation"], cell), args.noise, args.sigma)
+    validation = noisy_validation(data.images["validation"], vae.encoder, args)
     is_detail = isinstance(vae, DetailVAE)
     rate = min(DETAIL_LEARNING_RATE, 2 * args.learning_rate) if is_detail else args.learning_rate
     vae.compile(optimizer=build_optimizer(rate, epochs * len(batches)))
@@ -501,7 +506,7 @@ def calibrate(encoder, decoder, clean, args):
         Spread/skill before, the geometric mean over strengths and sides of blocks.
     """
     models = util.portable_copy(encoder), util.portable_copy(decoder)
-    pair = validation_pair(whole_cells(clean, util.stride(encoder)), args.noise, args.sigma)
+    pair = noisy_validation(clean, encoder, args)
     ratios = []
     parts = min(CALIBRATION_PARTS, len(clean))
     for noisy, target in zip(*(np.array_split(images, parts) for images in pair), strict=True):
@@ -828,12 +833,12 @@ def calibration_panels(measured):
     ]
 
 
-def expected_figure(posterior, title):
+def expected_figure(measured, title):
     """Expected against true PSNR of each test image, a colour for each sigma."""
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axis = figure.subplots()
-    for sigma, measured in posterior.items():
-        axis.plot(measured["expected"], measured["posterior mean"], ".", markersize=3, label=f"sigma {sigma}")
+    for sigma, of_sigma in measured.items():
+        axis.plot(of_sigma["expected"], of_sigma["posterior mean"], ".", markersize=3, label=f"sigma {sigma}")
     low, high = axis.get_xlim()
     axis.plot((low, high), (low, high), color="black", linewidth=0.8)
     axis.set(xlabel="expected PSNR in dB, from the noisy image alone", ylabel="true PSNR in dB")
@@ -948,10 +953,8 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
         described = util.describe_run(args, rows, "val_psnr") | data.described
         described["training_images"] = len(data.images[data.denoiser_split])
         results, measured = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
-        util.save_figure(
-            util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name),
-            draft / f"figures/{name}_history.png",
-        )
+        history = util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name)
+        util.save_figures(draft, name, {"history": history})
         draw_results(draft, name, models, encoder, decoder, data, measured)
         util.write_record(draft, name, described | (record or {}) | results)
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
@@ -1053,15 +1056,15 @@ def root_mean_square(errors):
     return math.sqrt(np.square(errors, dtype=np.float64).mean())
 
 
+def psnr_of(error):
+    """PSNR in dB of a root mean square error in grey levels; infinite where there is none."""
+    return 20 * math.log10(255 / error) if error else math.inf
+
+
 def load_parts(args, precision="float32"):
     """Saved autoencoder; with --samples, the encoder and decoder of the same run after it."""
     parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
     return [util.load_model(args.out, args.name, part, precision) for part in parts]
-
-
-def psnr_of(error):
-    """PSNR in dB of a root mean square error in grey levels; infinite where there is none."""
-    return 20 * math.log10(255 / error) if error else math.inf
 
 
 def picture_row(clean, noisy, models, samples):

@@ -18,7 +18,7 @@ minutes on two CPU cores with AVX512-BF16.
 
 import simple_autoencoder as simple
 import util
-from load_data import dataset_name, load_data, validation_pair
+from load_data import dataset_name, load_data
 
 import keras
 from keras import layers
@@ -143,8 +143,7 @@ def stack_detail_decoder(level_one, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS
 def validation_psnr(vae, data, args):
     """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images."""
     model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
-    images = simple.whole_cells(data.images["validation"], util.stride(model))
-    noisy, clean = validation_pair(images, args.noise, args.sigma)
+    noisy, clean = simple.noisy_validation(data.images["validation"], model, args)
     return float(util.psnr(util.to_uint8(clean), util.denoise(model, noisy)).mean())
 
 
