@@ -215,6 +215,8 @@ def main(argv=None):
         return
     started_on = util.read_record(args.out, args.start).get("base") if args.start else None
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
+    if base == args.name:
+        raise util.ModelError(f"{base}: a stack would replace its own base; choose another --name")
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     models = {base: util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args, data.checksums):

@@ -231,9 +231,10 @@ def test_images_that_are_no_whole_cells(trained_copy, monkeypatch):
     [
         ("simple_stl10", "autoencoder_simple_stl10.json: not found; there is "),
         (STACKED, f"encoder_{STACKED}.json: not the encoder of a simple model; choose another --base"),
+        ("double", "double: a stack would replace its own base; choose another --name"),
     ],
 )
-def test_base_that_is_missing_or_a_stack_is_refused(stacked, base, told):
+def test_base_that_is_missing_a_stack_or_the_run_itself_is_refused(stacked, base, told):
     line = told_line(printed_by, stack, *TRAIN, f"--base={base}", "--name=double", "--out", stacked.out)
     assert told in line
     shutil.rmtree(stacked.out / "logs/double.training", ignore_errors=True)
