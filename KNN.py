@@ -28,6 +28,7 @@ from load_data import (
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import mode
 from sklearn.cluster import KMeans
 from sklearn.linear_model import SGDClassifier
 from sklearn.metrics import adjusted_rand_score
@@ -86,16 +87,15 @@ def query_images(clean, sigmas, denoiser):
     return queries
 
 
-def vote(neighbour_labels, classes):
+def vote(neighbour_labels):
     """The class that most of the k neighbours (N, k) have; of several, the one with the lowest number."""
-    return np.eye(classes, dtype=int)[neighbour_labels].sum(axis=1).argmax(axis=1)
+    return mode(neighbour_labels, axis=1).mode
 
 
 def choose_k(neighbour_labels, labels):
     """The k of NEIGHBOURS that classifies best, given labels (N, max k) sorted by distance, and true ones."""
-    classes = max(neighbour_labels.max(), labels.max()) + 1
     candidates = [k for k in NEIGHBOURS if k <= neighbour_labels.shape[1]]
-    return max(candidates, key=lambda k: np.mean(vote(neighbour_labels[:, :k], classes) == labels))
+    return max(candidates, key=lambda k: np.mean(vote(neighbour_labels[:, :k]) == labels))
 
 
 def accuracies(predictions, labels):
@@ -128,7 +128,7 @@ def compare(args, data, queries, space_of):
         Rows of the table, and the nearest training images (indices, sorted by distance) by space and kind of
         query.
     """
-    labels, truth, classes = data.labels["train"], data.labels["test"], len(data.class_names)
+    labels, truth = data.labels["train"], data.labels["test"]
     rows, nearest = [], {}
     advance = util.progress(len(space_of) * (len(queries) + 1), "spaces and kinds of query")
     for space, transform in space_of.items():
@@ -144,7 +144,7 @@ def compare(args, data, queries, space_of):
             count = min(max(k, SHOWN_NEIGHBOURS), len(train))
             nearest[space][kind] = search.kneighbors(points[kind], count, return_distance=False)
             advance()
-        votes = {kind: vote(labels[found[:, :k]], classes) for kind, found in nearest[space].items()}
+        votes = {kind: vote(labels[found[:, :k]]) for kind, found in nearest[space].items()}
         described = {"space": space, "dimensions": train.shape[1]}
         rows.append(described | {"method": f"{k}-NN"} | accuracies(votes, truth))
         svm = fit_svm(train, labels, args.seed)  # changes `train`, which is not needed any more

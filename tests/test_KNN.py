@@ -22,7 +22,7 @@ ARGUMENTS = ["--dataset=photos", "--size=24", "--clusters=3"]
 
 def test_vote_takes_the_commonest_label_and_of_equals_the_lowest():
     neighbours = np.array([[2, 1, 1], [0, 2, 1], [2, 2, 0]])
-    assert KNN.vote(neighbours, 3).tolist() == [1, 0, 2]
+    assert KNN.vote(neighbours).tolist() == [1, 0, 2]
 
 
 def test_k_is_the_one_that_classifies_best():
