@@ -511,6 +511,70 @@ def _tensorflow_io():
     return io
 
 
+def pictures_by_name(folder):
+    """Paths of the images in a folder and its subfolders by name, without their endings.
+
+    Raises:
+        DataError: no such folder, no images in it, or two of one name.
+    """
+    named = {}
+    for path in image_files(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in named:
+            raise DataError(f"{path}: of the same name as {named[name]}; remove one")
+        named[name] = path
+    return named
+
+
+def read_measurable(path):
+    """Read a picture, (H, W, 3) or a grey one (H, W, 1), that is large enough for SSIM."""
+    picture = read_picture(path, as_grey=True)
+    if min(picture.shape[:2]) < MIN_SIZE:
+        raise DataError(f"{path}: smaller than {MIN_SIZE}x{MIN_SIZE} pixels; remove it")
+    return picture
+
+
+def picture_pairs(folder, noisy_folder):
+    """Pictures and noisy versions of them, by the names of their files.
+
+    Yields:
+        Name, clean and noisy picture, uint8 arrays of one shape.
+
+    Raises:
+        DataError: a picture without a partner, with two, of another size than its partner, or too small.
+    """
+    clean, noisy = pictures_by_name(folder), pictures_by_name(noisy_folder)
+    if unmatched := sorted(clean.keys() ^ noisy.keys()):
+        place = noisy_folder if unmatched[0] in clean else folder
+        message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
+        raise DataError(f"{place}: {message}")
+    for name, path in clean.items():
+        pair = read_measurable(path), read_measurable(noisy[name])
+        if pair[0].shape != pair[1].shape:
+            sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
+            raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
+        yield name, *pair
+
+
+def pictures_with_noise(folder, kind, sigma):
+    """Pictures and noisy versions of them.
+
+    White noise is that of the protocol's seed in each picture, as FFDNet is measured in `logs/`; a grey
+    picture gets one channel of it. Other kinds are drawn by one generator for all pictures, since what they
+    choose, as a camera, is to differ.
+
+    Yields:
+        Name, clean picture, uint8, and noisy picture, float32.
+    """
+    rng = None if kind == "white" else np.random.default_rng(TEST_NOISE_SEED)
+    for name, path in pictures_by_name(folder).items():
+        clean = read_measurable(path)
+        if kind != "white":  # the others need three channels
+            clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
+        noisy = add_noise(clean[None], sigma, rng, kind)[0]
+        yield name, clean_of(clean[None], kind)[0], noisy
+
+
 def corners(picture, size, step):
     """Top and left of patches of a picture (H, W, 3), `step` pixels apart, row by row."""
     return list(itertools.product(*(range(0, side - size + 1, step) for side in picture.shape[:2])))
@@ -743,70 +807,6 @@ def clean_of(images, kind):
     if kind != "grey":
         return images
     return np.broadcast_to(images.mean(axis=-1, keepdims=True).round().astype(np.uint8), images.shape)
-
-
-def pictures_by_name(folder):
-    """Paths of the images in a folder and its subfolders by name, without their endings.
-
-    Raises:
-        DataError: no such folder, no images in it, or two of one name.
-    """
-    named = {}
-    for path in image_files(folder):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in named:
-            raise DataError(f"{path}: of the same name as {named[name]}; remove one")
-        named[name] = path
-    return named
-
-
-def read_measurable(path):
-    """Read a picture, (H, W, 3) or a grey one (H, W, 1), that is large enough for SSIM."""
-    picture = read_picture(path, as_grey=True)
-    if min(picture.shape[:2]) < MIN_SIZE:
-        raise DataError(f"{path}: smaller than {MIN_SIZE}x{MIN_SIZE} pixels; remove it")
-    return picture
-
-
-def picture_pairs(folder, noisy_folder):
-    """Pictures and noisy versions of them, by the names of their files.
-
-    Yields:
-        Name, clean and noisy picture, uint8 arrays of one shape.
-
-    Raises:
-        DataError: a picture without a partner, with two, of another size than its partner, or too small.
-    """
-    clean, noisy = pictures_by_name(folder), pictures_by_name(noisy_folder)
-    if unmatched := sorted(clean.keys() ^ noisy.keys()):
-        place = noisy_folder if unmatched[0] in clean else folder
-        message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
-        raise DataError(f"{place}: {message}")
-    for name, path in clean.items():
-        pair = read_measurable(path), read_measurable(noisy[name])
-        if pair[0].shape != pair[1].shape:
-            sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
-            raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
-        yield name, *pair
-
-
-def pictures_with_noise(folder, kind, sigma):
-    """Pictures and noisy versions of them.
-
-    White noise is that of the protocol's seed in each picture, as FFDNet is measured in `logs/`; a grey
-    picture gets one channel of it. Other kinds are drawn by one generator for all pictures, since what they
-    choose, as a camera, is to differ.
-
-    Yields:
-        Name, clean picture, uint8, and noisy picture, float32.
-    """
-    rng = None if kind == "white" else np.random.default_rng(TEST_NOISE_SEED)
-    for name, path in pictures_by_name(folder).items():
-        clean = read_measurable(path)
-        if kind != "white":  # the others need three channels
-            clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
-        noisy = add_noise(clean[None], sigma, rng, kind)[0]
-        yield name, clean_of(clean[None], kind)[0], noisy
 
 
 # Kinds of noise: functions of clean images x, floats (N, H, W, 3) in [0, 1], of their sigma (N, 1, 1, 1) on
