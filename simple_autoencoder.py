@@ -1296,18 +1296,7 @@ def add_denoise_options(parser):
         required=True,
         help="folder to write to, or a file name for a single picture",
     )
-    parser.add_argument(
-        "--name",
-        type=util.run_name,
-        default=PHOTOGRAPHS_RUN,
-        help="run whose model denoises",
-    )
-    parser.add_argument(
-        "--out",
-        type=util.given_path,
-        default=util.HERE,
-        help="where models/ and weights/ are, not the result",
-    )
+    util.add_saved_run_options(parser, PHOTOGRAPHS_RUN)
     parser.add_argument(
         "--strength",
         type=util.number(float, 0, 1),

@@ -146,9 +146,9 @@ def add_precision_option(parser):
     )
 
 
-def add_saved_run_options(parser):
+def add_saved_run_options(parser, default="from the data set"):
     """Add the options that say which saved run a verb works on."""
-    parser.add_argument("--name", type=run_name, help="run to evaluate (default: from the data set)")
+    parser.add_argument("--name", type=run_name, help=f"saved run (default: {default})")
     parser.add_argument("--out", type=given_path, default=HERE, help="where models/, weights/ and logs/ are")
 
 
