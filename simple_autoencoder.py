@@ -634,13 +634,9 @@ def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=TEST_
     Returns:
         float32 arrays (N, H, W, 3) and (samples, N, H, W, 3), nominally in [0, 1].
     """
-    rng = np.random.default_rng(seed)
     outputs = encoder.predict(noisy, verbose=0)
-    means, _ = util.split_codes(outputs)
-    noise = [rng.standard_normal((samples, *mean.shape), np.float32) for mean in means]
-    codes = [code.reshape(-1, *code.shape[2:]) for code in util.sample_codes(outputs, noise)]
-    draws = util.decode_arrays(decoder, codes).reshape(samples, *noisy.shape)
-    return util.decode_arrays(decoder, means), draws
+    draws = np.stack(list(util.draws(decoder, outputs, samples, seed)))
+    return util.decode_arrays(decoder, util.split_codes(outputs)[0]), draws
 
 
 def block_means(images, side):

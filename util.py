@@ -93,7 +93,6 @@ NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made o
 # arguments that may change when a run is resumed, beside numbers of epochs
 CHANGEABLE = ("verb", "out", "resume", "data_dir", "precision", "learning_rate", "denoisers")
 DRAWS_SEED = 0  # of the codes of pictures
-DRAWN_AT_ONCE = 32  # side of the squares of a code that are drawn as a whole
 TILE, SAMPLING_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
 REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
@@ -1036,8 +1035,8 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         after = before + strength * (denoised - before)
         result[rows, columns] = np.round(peak * after) if whole_numbers else after
         if posterior:
-            draws = draws_of_window(encoder, decoder, window, top, left, samples)
-            squares = sum(np.square(_visible(draw, inside, picture.shape[2]) - after) for draw in draws)
+            drawn = draws(decoder, encoder.predict_on_batch(window), samples, (DRAWS_SEED, top, left))
+            squares = sum(np.square(_visible(draw, inside, picture.shape[2]) - after) for draw in drawn)
             errors[rows, columns] = 255 * np.sqrt(squares.mean(axis=2) / samples)
         advance()
     return result, errors
@@ -1083,66 +1082,25 @@ def decode_arrays(decoder, codes):
     return decoder.predict(decoder_input(codes), verbose=0)
 
 
-def sample_codes(outputs, noise):
-    """Draw from the posterior q(z|x).
+def draws(decoder, outputs, samples, seed):
+    """Decode draws of the posterior q(z|x), one after another.
 
     Args:
-        outputs: Of an encoder, NumPy arrays.
-        noise: Standard normal values for each code, in the shape of its mean or of one image of it.
-
-    Returns:
-        List of codes, as `decode` takes them.
-    """
-    codes = zip(*split_codes(outputs), noise, strict=True)
-    return [mean + np.exp(log_var / 2) * values for mean, log_var, values in codes]
-
-
-def draws_of_window(encoder, decoder, window, top, left, samples):
-    """Images decoded from draws of the posterior of a part of a picture.
-
-    What is drawn for a code depends on its place in the picture alone: windows that overlap agree.
-
-    Args:
-        encoder, decoder: Saved models of one run.
-        window: float32 array (1, h, w, 3).
-        top, left: Where it begins in the picture.
+        decoder: Saved model.
+        outputs: Of its encoder, NumPy arrays.
         samples: Number of draws.
+        seed: Of `numpy.random.default_rng`.
 
     Yields:
-        Array like `window`.
+        float32 array (N, H, W, 3), nominally in [0, 1].
     """
-    outputs = [np.asarray(output) for output in encoder.predict_on_batch(window)]
-    grids = [(window.shape[1] // mean.shape[1], mean.shape[1:]) for mean in split_codes(outputs)[0]]
-    for sample in range(samples):
-        noise = (
-            endless_normal((DRAWS_SEED, sample, index), top // cell, left // cell, shape)
-            for index, (cell, shape) in enumerate(grids)
-        )
-        codes = sample_codes(outputs, noise)
+    rng = np.random.default_rng(seed)
+    for _ in range(samples):
+        codes = [
+            mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32)
+            for mean, log_var in zip(*split_codes(outputs), strict=True)
+        ]
         yield decoder.predict_on_batch(decoder_input(codes))
-
-
-def endless_normal(key, top, left, shape):
-    """Cut a part out of an endless grid of standard normal values, which does not depend on how it is cut.
-
-    Args:
-        key: Tuple of integers that tells one grid from another.
-        top, left: Where the part begins.
-        shape: (h, w, c) of the part.
-
-    Returns:
-        float32 array (h, w, c).
-    """
-    (height, width, channels), block = shape, DRAWN_AT_ONCE
-    rows = range(top // block, -(-(top + height) // block))
-    columns = range(left // block, -(-(left + width) // block))
-    grid = np.empty((len(rows), block, len(columns), block, channels), np.float32)
-    for row, column in itertools.product(rows, columns):
-        square = np.random.default_rng((*key, row, column))
-        square = square.standard_normal((block, block, channels), np.float32)
-        grid[row - rows[0], :, column - columns[0]] = square
-    grid = grid.reshape(len(rows) * block, -1, channels)
-    return grid[top % block :, left % block :][:height, :width]
 
 
 def to_uint8(images):
