@@ -28,6 +28,7 @@ FILTERS = 128
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 LATENT_DIM = 128
 DETAIL_FILTERS, DETAIL_BLOCKS = 64, 3  # of encoder and decoder of its detail code
+SURROUNDINGS = 17  # side in cells of 4x4 pixels of the square whose texture tells a detail code's variance
 
 # optimization
 GREEDY_EPOCHS = 1
@@ -108,6 +109,10 @@ def stack_decoder(level_one, filters=FILTERS, blocks=DECODER_BLOCKS, latent_dim=
 def stack_detail_encoder(level_one, z2_dim, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS):
     """Detail encoder: [noisy image, z_mean, z2_mean] to [detail_log_var, detail2_log_var].
 
+    How much the noise has destroyed is seen best from how much texture it has left, over a wide square: the
+    mean of features there shifts the log-variances of both levels. It is squeeze-and-excitation (Hu, Shen,
+    Sun, CVPR 2018) of surroundings instead of the whole image.
+
     Args:
         level_one: Detail encoder of a simple model.
         z2_dim: Channels of z2.
@@ -117,7 +122,16 @@ def stack_detail_encoder(level_one, z2_dim, filters=DETAIL_FILTERS, blocks=DETAI
     noisy, z_mean = (keras.Input(code.shape[1:], name=code.name) for code in level_one.inputs)
     z2_mean = keras.Input((None, None, z2_dim), name="z2_mean")
     x = simple.detail_features(z_mean, z2_mean, filters, blocks, "detail2")
-    log_vars = [level_one([noisy, z_mean]), simple.detail_head(x, filters, "detail2")]
+    texture = layers.Conv2D(filters, 1, activation="relu", name="detail2_texture")(x)
+    mean = layers.AveragePooling2D(SURROUNDINGS, 1, padding="same", dtype="float32", name="detail2_around")
+    around = layers.Conv2D(filters, 1, activation="relu", name="detail2_excitation")(mean(texture))
+    start = {"kernel_initializer": "zeros"}  # as level one's alone
+    shift = layers.Conv2D(filters, 1, name="detail2_shift", **start)(around)
+    x = layers.Add(name="detail2_shifted")([x, shift])
+    start |= {"dtype": "float32"}
+    fine = layers.Conv2DTranspose(z_mean.shape[-1], 2, strides=2, name="log_var_to_fine", **start)(around)
+    log_var = layers.Add(dtype="float32", name="log_var_ladder")([level_one([noisy, z_mean]), fine])
+    log_vars = [log_var, simple.detail_head(x, filters, "detail2")]
     return keras.Model([noisy, z_mean, z2_mean], log_vars, name="detail_encoder")
 
 

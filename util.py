@@ -935,9 +935,10 @@ def receptive_field(model):
     side, reach = 64, {}
     calls = layer_calls(model, keras.Input((side, side, 3)))
     for layer, before, after in calls:
+        window = getattr(layer, "kernel_size", None) or getattr(layer, "pool_size", None)
         radius = 0
-        if isinstance(layer, (keras.layers.Conv2D, keras.layers.Conv2DTranspose)):
-            size, pixels = layer.kernel_size[0], side // max(before[0].shape[1], after[0].shape[1])
+        if window:
+            size, pixels = window[0], side // max(before[0].shape[1], after[0].shape[1])
             # an odd kernel looks to both sides alike, an even one to one side
             radius = (size // 2 if size % 2 else size - 1) * pixels
         farthest = radius + max((reach.get(id(tensor), 0) for tensor in before), default=0)

@@ -37,11 +37,14 @@ TRAIN = [*TINY, "--epochs=2", "--greedy-epochs=1"]
 IMAGES = np.random.default_rng(0).random((2, 8, 12, 3)).astype(np.float32)
 
 
+def level_one():
+    """Encoder and decoder of z, then those of the detail code, of a shaken small simple model."""
+    return [shaken(model) for models in (small_models, small_detail_models) for model in models()]
+
+
 def stacked_models(change=shaken):
     """Autoencoder, encoder and decoder of a stack on a shaken level one; by default itself shaken."""
-    (encoder, decoder), detail = (
-        [shaken(model) for model in models()] for models in (small_models, small_detail_models)
-    )
+    encoder, decoder, *detail = level_one()
     z = change(stack.stack_encoder(encoder, 20, 1, 18)), change(stack.stack_decoder(decoder, 20, 1, 18))
     d = change(stack.stack_detail_encoder(detail[0], 18, 12, 1)), stack.stack_detail_decoder(detail[1], 12, 1)
     joined = simple.join_encoders(z[0], d[0]), simple.join_decoders(z[1], change(d[1]))
@@ -49,8 +52,22 @@ def stacked_models(change=shaken):
 
 
 def test_stack_starts_as_level_one():
-    level_one = simple.build_autoencoder(*map(shaken, small_models()))
-    np.testing.assert_array_equal(stacked_models(change=lambda model: model)[0](IMAGES), level_one(IMAGES))
+    autoencoder, encoder, _ = stacked_models(change=lambda model: model)
+    z_encoder, z_decoder, detail_encoder, _ = level_one()
+    np.testing.assert_array_equal(autoencoder(IMAGES), simple.build_autoencoder(z_encoder, z_decoder)(IMAGES))
+    outputs = simple.join_encoders(z_encoder, detail_encoder)(IMAGES)
+    np.testing.assert_array_equal(encoder(IMAGES)[5], outputs[3])
+
+
+def test_variance_of_both_detail_codes_depends_on_wide_surroundings():
+    _, *posterior = stacked_models()
+    noisy = np.repeat(np.random.default_rng(0).random((1, 16, 256, 3), np.float32), 2, axis=0)
+    noisy[1, 8, 128] += 1
+    averaged, reach = 4 * (stack.SURROUNDINGS // 2), util.receptive_field(util._drawing_model(*posterior))
+    for log_var in posterior[0].predict(noisy, verbose=0)[5::2]:
+        columns = np.flatnonzero(np.abs(log_var[1] - log_var[0]).max(axis=(0, 2)) > 1e-7)
+        cell = noisy.shape[2] // log_var.shape[2]
+        assert averaged < 128 - cell * columns.min() <= reach
 
 
 def test_codes_of_both_levels_reach_the_decoder_in_their_order():
