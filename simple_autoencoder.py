@@ -851,6 +851,7 @@ def feature_figure(encoder, clean):
         encoder: Saved model.
         clean: uint8 array (N, H, W, 3).
     """
+    clean = whole_cells(clean, util.stride(encoder))
     rows, chosen = [], clean.std(axis=(1, 2, 3)).argmax()
     outputs = encoder.predict(util.to_float(clean[[chosen]]), verbose=0)
     for level, mean in enumerate(util.level_means(outputs), start=1):
