@@ -69,6 +69,16 @@ def small_detail_models():
     return simple.build_detail_encoder(16, 1, 14), simple.build_detail_decoder(16, 1, 14)
 
 
+def fixed_draws(decoder, outputs, samples, seed):
+    """Stands for `util.draws` where tiles are compared: codes one deviation below, at and above the mean."""
+    for draw in range(samples):
+        codes = [
+            mean + (draw - 1) * np.exp(log_var / 2)
+            for mean, log_var in zip(outputs[::2], outputs[1::2], strict=True)
+        ]
+        yield decoder.predict_on_batch(codes if len(codes) > 1 else codes[0])
+
+
 def shaken(model, seed=0):
     """The same model with every weight moved a little, so that no zero hides a difference."""
     rng = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ from conftest import (
     assert_same_weights,
     curves_of,
     files_of,
+    fixed_draws,
     labels_of,
     legend_of,
     printed_by,
@@ -85,13 +86,13 @@ def test_codes_of_both_levels_reach_the_decoder_in_their_order():
     assert util.stride(autoencoder) == util.stride(encoder) == 4
 
 
-def test_picture_is_sampled_alike_however_it_is_cut():
+def test_picture_is_sampled_alike_however_it_is_cut(monkeypatch):
+    monkeypatch.setattr(util, "draws", fixed_draws)
     autoencoder, *posterior = stacked_models()
     picture = random_images(9, 257, 3)
-    results = [util.denoise_picture(autoencoder, picture, 1, posterior, 100, tile) for tile in (64, 512)]
+    results = [util.denoise_picture(autoencoder, picture, 1, posterior, 3, tile) for tile in (16, 512)]
     np.testing.assert_allclose(*(result.astype(int) for result, _ in results), atol=1)
-    tiled, whole = (errors[:8, :256].reshape(8, 32, 8).mean(axis=(0, 2)) for _, errors in results)
-    np.testing.assert_allclose(tiled, whole, rtol=0.15)  # other draws of the same codes
+    np.testing.assert_allclose(*(errors for _, errors in results), rtol=0.01)
     assert results[0][1].mean() > 1
 
 
