@@ -125,11 +125,10 @@ def stack_detail_encoder(level_one, z2_dim, filters=DETAIL_FILTERS, blocks=DETAI
     texture = layers.Conv2D(filters, 1, activation="relu", name="detail2_texture")(x)
     mean = layers.AveragePooling2D(SURROUNDINGS, 1, padding="same", dtype="float32", name="detail2_around")
     around = layers.Conv2D(filters, 1, activation="relu", name="detail2_excitation")(mean(texture))
-    start = {"kernel_initializer": "zeros"}  # as level one's alone
-    shift = layers.Conv2D(filters, 1, name="detail2_shift", **start)(around)
+    shift = layers.Conv2D(filters, 1, kernel_initializer="zeros", name="detail2_shift")(around)
     x = layers.Add(name="detail2_shifted")([x, shift])
-    start |= {"dtype": "float32"}
-    fine = layers.Conv2DTranspose(z_mean.shape[-1], 2, strides=2, name="log_var_to_fine", **start)(around)
+    options = {"strides": 2, "kernel_initializer": "zeros", "dtype": "float32"}
+    fine = layers.Conv2DTranspose(z_mean.shape[-1], 2, name="log_var_to_fine", **options)(around)
     log_var = layers.Add(dtype="float32", name="log_var_ladder")([level_one([noisy, z_mean]), fine])
     log_vars = [log_var, simple.detail_head(x, filters, "detail2")]
     return keras.Model([noisy, z_mean, z2_mean], log_vars, name="detail_encoder")
