@@ -81,7 +81,7 @@ STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder, about
-SHRINKING = (2, 4)  # training patches of photographs are cut from half and a quarter of the size, too
+SHRINKING = (2, 4)  # patches to learn from are cut from half and a quarter of the size, too
 FEWEST_TO_HOLD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
 MAX_JPEG_EXIF = 65_533  # bytes
 SAVE_OPTIONS = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
@@ -91,7 +91,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;1
 MAX_PIXELS = 250_000_000  # of a picture
 SRGB_GAMMA = 0.45455
 DESCRIPTIVE_TAGS = {270, 271, 272, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF, from title to GPS
-RESIZED_VERSION, PATCHES_VERSION = 1, 3  # of the caches
+RESIZED_VERSION, PATCHES_VERSION = 1, 4  # of the caches
 AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
 # kinds of noise
@@ -586,16 +586,17 @@ def shrunk(picture, divisor):
     return _resized(picture, width, height)
 
 
-def _cut(picture, size, training, at_most, rng):
+def _cut(picture, size, split, at_most, rng):
     """Cut a picture (H, W, 3) into a list of patches (size, size, 3), views of it; `at_most` are drawn.
 
-    Training patches overlap by half, and smaller copies of the picture are cut as well, at the same distances
-    in the picture itself. The others do not overlap.
+    For training and validation, smaller copies of the picture are cut as well, at the same distances in the
+    picture itself. Training patches overlap by half, the others of the picture do not.
     """
-    copies = [(picture, size // 2 if training else size)]
-    for divisor in SHRINKING if training else ():
+    step = size // 2 if split == "train" else size
+    copies = [(picture, step)]
+    for divisor in SHRINKING if split != "test" else ():
         if min(picture.shape[:2]) // divisor >= size:
-            copies.append((shrunk(picture, divisor), size // 2 // divisor))
+            copies.append((shrunk(picture, divisor), step // divisor))
     places = [(copy, *corner) for copy, step in copies for corner in corners(copy, size, step)]
     if len(places) > at_most:
         places = [places[index] for index in np.sort(rng.choice(len(places), at_most, replace=False))]
@@ -644,7 +645,7 @@ def _cuts(pictures, labels_of, size):
             bands = np.split(picture, [first, second], axis=1)
             regions = dict(zip(PATCH_SPLITS, bands, strict=True))
         for split, region in regions.items():
-            yield split, label, _cut(region, size, split == "train", max(1, MAX_PATCHES // count), rng)
+            yield split, label, _cut(region, size, split, max(1, MAX_PATCHES // count), rng)
 
 
 def _cut_and_split(pictures, labels_of, size):

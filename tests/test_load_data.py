@@ -265,7 +265,7 @@ def test_corners_are_those_of_all_whole_patches():
     assert load_data.corners(picture[:7], 8, 4) == []
 
 
-def test_training_patches_are_cut_from_smaller_copies_too():
+def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
     blocks = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8).repeat(2, 0).repeat(2, 1)
     whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}
     half = load_data.shrunk(blocks, 2)
@@ -274,15 +274,18 @@ def test_training_patches_are_cut_from_smaller_copies_too():
     seen = {split: {patch.tobytes() for patch in patches} for split, patches in images.items()}
     assert whole < seen["train"] and halves < seen["train"]
     assert len(seen["train"]) == len(whole) + len(halves) + 5 * 5  # of a quarter: 24x24, 2 pixels apart
+    apart = [(copy, step) for copy, step in ((blocks, 16), (half, 8), (load_data.shrunk(blocks, 4), 4))]
+    assert len(seen["validation"]) == sum(len(load_data.corners(copy, 16, step)) for copy, step in apart)
+    assert seen["validation"] < seen["train"]
     assert seen["test"] < whole
     assert np.bincount(labels["train"]).max() == len(seen["train"])
 
 
-@given(sides, sides, st.integers(12, 20), st.integers(1, 80), st.booleans(), seeds)
-def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, training, seed):
+@given(sides, sides, st.integers(12, 20), st.integers(1, 80), st.sampled_from(load_data.PATCH_SPLITS), seeds)
+def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, split, seed):
     picture = random_images(height, width, 3, seed=seed)
-    patches = np.array(load_data._cut(picture, size, training, at_most, np.random.default_rng(seed)))
-    step = size // 2 if training else size
+    patches = np.array(load_data._cut(picture, size, split, at_most, np.random.default_rng(seed)))
+    step = size // 2 if split == "train" else size
     places = len(load_data.corners(picture, size, step))
     assert min(places, at_most) <= len(patches) <= at_most
     if 0 < len(patches) == places:
@@ -328,7 +331,7 @@ def test_folder_is_split_by_picture_and_cached(folder, tmp_path, capsys):
     assert data.class_names == ("cats", "dogs")
     assert {split: len(images) for split, images in data.images.items()} == {
         "train": 10 * (3 * 4 + 1 * 2),  # of the pictures, and of their halves
-        "validation": 4,
+        "validation": 5,
         "test": 4,
     }
     corners = {iio.imread(path)[:32, :32].tobytes(): path.parent.name for path in folder.rglob("*.png")}
