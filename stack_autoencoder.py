@@ -37,8 +37,13 @@ LEARNING_RATE = 5e-4  # at 1e-3 the loss of Adam became infinite in the second e
 KL_WEIGHT = 1e-4  # with 1e-3, 0.3 dB less at sigma 75
 
 
-def load_level_one(out, name):
-    """Load the parts of a trained simple model, in the precision that is set for training.
+def load_level_one(out, name, precision="float32"):
+    """Load the parts of a trained simple model.
+
+    Args:
+        out: Folder that holds `models/`, `weights/` and `logs/`.
+        name: Of its run.
+        precision: To train in, `float32` or `mixed_bfloat16`.
 
     Returns:
         Encoder and decoder of z, then those of the detail code.
@@ -46,27 +51,14 @@ def load_level_one(out, name):
     Raises:
         util.ModelError: they are missing, damaged or not those of a simple model.
     """
-    saved = {part: util.load_model(out, name, part) for part in ("encoder", "decoder")}
-    builds = {
-        "z_encoder": simple.build_encoder,
-        "z_decoder": simple.build_decoder,
-        "detail_encoder": simple.build_detail_encoder,
-        "detail_decoder": simple.build_detail_decoder,
-    }
-    models = []
-    for part, build in builds.items():
-        kind = part.split("_")[1]
-        try:
-            old, z_encoder = saved[kind].get_layer(part), saved["encoder"].get_layer("z_encoder")
-            blocks = sum(isinstance(layer, layers.Add) for layer in old.layers)
-            filters, latent_dim = (z_encoder.get_layer(name).filters for name in ("to_cells", "z_mean"))
-            models.append(build(filters, blocks, latent_dim))
-            models[-1].set_weights(old.get_weights())
-        except ValueError:
-            path = out / "models" / f"{kind}_{name}.json"
-            raise util.ModelError(
-                f"{path}: not the {kind} of a simple model; choose another --base"
-            ) from None
+    saved = {part: util.load_model(out, name, part, precision) for part in ("encoder", "decoder")}
+    try:
+        models = [saved[part].get_layer(f"{code}_{part}") for code in ("z", "detail") for part in saved]
+    except ValueError:
+        models = []
+    if not models or len(saved["decoder"].inputs) > 2:
+        path = out / "models" / f"encoder_{name}.json"
+        raise util.ModelError(f"{path}: not of a simple model; choose another --base")
     return models
 
 
@@ -188,7 +180,7 @@ def train(args, data, base):
     Returns:
         Encoder, decoder and autoencoder, metrics of all epochs, and what the run record tells of the stages.
     """
-    z_encoder, z_decoder, *detail = load_level_one(args.out, base)
+    z_encoder, z_decoder, *detail = load_level_one(args.out, base, args.precision)
     encoder = stack_encoder(z_encoder, args.filters, ENCODER_BLOCKS, args.latent_dim)
     decoder = stack_decoder(z_decoder, args.filters, DECODER_BLOCKS, args.latent_dim)
     detail = stack_detail_encoder(detail[0], args.latent_dim), stack_detail_decoder(detail[1])

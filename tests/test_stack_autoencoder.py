@@ -111,10 +111,12 @@ def test_arithmetic_stays_within_the_bounds():
     assert total <= 220e6
 
 
-def test_level_one_is_loaded_as_it_was_saved(trained):
-    models = stack.load_level_one(trained.out, NAME)
+def test_level_one_is_loaded_as_it_was_saved_in_the_precision_to_train_in(trained):
+    models = stack.load_level_one(trained.out, NAME, "mixed_bfloat16")
     parts = ("z_encoder", "z_decoder", "detail_encoder", "detail_decoder")
     for part, model in zip(parts, models, strict=True):
+        assert model.get_layer(f"{part.removeprefix('z_')}_0_a").compute_dtype == "bfloat16"
+        assert {output.dtype for output in model.outputs} == {"float32"}
         saved = util.load_model(trained.out, NAME, part.split("_")[1]).get_layer(part)
         for ours, theirs in zip(model.get_weights(), saved.get_weights(), strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -249,7 +251,7 @@ def test_images_that_are_no_whole_cells(trained_copy, monkeypatch):
     ("base", "told"),
     [
         ("simple_stl10", "autoencoder_simple_stl10.json: not found; there is "),
-        (STACKED, f"encoder_{STACKED}.json: not the encoder of a simple model; choose another --base"),
+        (STACKED, f"encoder_{STACKED}.json: not of a simple model; choose another --base"),
         ("double", "double: a stack would replace its own base; choose another --name"),
     ],
 )
