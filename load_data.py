@@ -20,7 +20,7 @@ import os
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import stl10_input
@@ -137,6 +137,14 @@ class Data:
     def denoiser_split(self):
         """The split that denoisers train on; they need no labels."""
         return "unlabeled" if "unlabeled" in self.images else "train"
+
+    def in_cells(self, side):
+        """The same data, images cut at the right and the bottom to multiples of `side` pixels."""
+        cut = {}
+        for split, images in self.images.items():
+            height, width = (length // side * side for length in images.shape[1:3])
+            cut[split] = images[:, :height, :width]
+        return replace(self, images=cut)
 
     def sample(self, split, count):
         """The first `count` images of a split."""

@@ -56,6 +56,7 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 # architecture: 108 million multiply-accumulates for a 32x32 image, 77 million more for the detail code
+CELL = 2  # side in pixels of what a place of the code stands for
 FILTERS = 48
 ENCODER_BLOCKS, DECODER_BLOCKS = 4, 6
 LATENT_DIM = 48
@@ -416,20 +417,9 @@ def build_optimizer(learning_rate, steps):
     )
 
 
-def whole_cells(images, cell):
-    """Cut images (N, H, W, 3) at the right and the bottom to multiples of the model's coarsest cell."""
-    height, width = (side // cell * cell for side in images.shape[1:3])
-    return images[:, :height, :width]
-
-
-def noisy_validation(clean, model, args):
-    """Noisy and clean validation images as `load_data.validation_pair` makes them, cut to a model's cells."""
-    return validation_pair(whole_cells(clean, util.stride(model)), args.noise, args.sigma)
-
-
-def gif_images(data, cell):
+def gif_images(data):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
-    clean = whole_cells(data.sample("validation", SHOWN), cell)
+    clean = data.sample("validation", SHOWN)
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
@@ -452,17 +442,16 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     """
     if not epochs:
         return []
-    folder, cell = util.training_folder(args.out, args.name), util.stride(vae.encoder)
-    images = whole_cells(data.images[data.denoiser_split], cell)
+    folder, images = util.training_folder(args.out, args.name), data.images[data.denoiser_split]
     batches = Batches(images, args.batch_size, args.seed, args.noise, args.sigma)
-    validation = noisy_validation(data.images["validation"], vae.encoder, args)
+    validation = validation_pair(data.images["validation"], args.noise, args.sigma)
     is_detail = isinstance(vae, DetailVAE)
     rate = min(DETAIL_LEARNING_RATE, 2 * args.learning_rate) if is_detail else args.learning_rate
     vae.compile(optimizer=build_optimizer(rate, epochs * len(batches)))
     vae(validation[0][:1])
     callbacks = [EpochStart(batches, epochs_before)]
     if not is_detail:  # which changes no denoised image
-        callbacks.append(Frames(folder / "frames", gif_images(data, cell)[1], epochs_before))
+        callbacks.append(Frames(folder / "frames", gif_images(data)[1], epochs_before))
     rows = util.fit(vae, batches, validation, epochs, folder, vae.monitor, callbacks, stage)
     return [{"stage": stage} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
 
@@ -506,7 +495,7 @@ def calibrate(encoder, decoder, clean, args):
         Spread/skill before, the geometric mean over strengths and sides of blocks.
     """
     models = util.portable_copy(encoder), util.portable_copy(decoder)
-    pair = noisy_validation(clean, encoder, args)
+    pair = validation_pair(clean, args.noise, args.sigma)
     ratios = []
     parts = min(CALIBRATION_PARTS, len(clean))
     for noisy, target in zip(*(np.array_split(images, parts) for images in pair), strict=True):
@@ -692,7 +681,6 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
         `posterior mean` that ships as the autoencoder, of the `mean of draws` and of `one draw`, and the
         `expected` PSNR of the posterior mean, from what draws differ from it.
     """
-    clean = whole_cells(clean, util.stride(encoder))
     rng = np.random.default_rng(TEST_NOISE_SEED)
     parts, pixels = [], clean.shape[1] * clean.shape[2]
     at_once = max(1, min(at_once, at_once * 48**2 // pixels))  # draws of larger images take gigabytes
@@ -764,7 +752,6 @@ def code_rows(encoder, clean):
     The noise is of SHOWN_SIGMA. Active are the channels whose mean has a variance above 0.01 (Burda, Grosse,
     Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016).
     """
-    clean = whole_cells(clean, util.stride(encoder))
     outputs = encoder.predict(add_noise(clean, SHOWN_SIGMA), verbose=0)
     levels = range(1, len(util.level_means(outputs)) + 1)
     names = [f"{kind} of level {level}" for kind in ("z", "detail") for level in levels]
@@ -784,7 +771,6 @@ def posterior_figure(encoder, decoder, clean, measured):
         clean: uint8 array (N, H, W, 3).
         measured: What `measure_posterior` returned for each sigma.
     """
-    clean = whole_cells(clean, util.stride(encoder))
     noisy = add_noise(clean, SHOWN_SIGMA)
     mean, draws = decoded_draws(encoder, decoder, noisy)
     deviation = 255 * np.sqrt(np.square(draws - mean).mean(axis=(0, -1)))
@@ -851,7 +837,6 @@ def feature_figure(encoder, clean):
         encoder: Saved model.
         clean: uint8 array (N, H, W, 3).
     """
-    clean = whole_cells(clean, util.stride(encoder))
     rows, chosen = [], clean.std(axis=(1, 2, 3)).argmax()
     outputs = encoder.predict(util.to_float(clean[[chosen]]), verbose=0)
     for level, mean in enumerate(util.level_means(outputs), start=1):
@@ -944,7 +929,7 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
             util.save_model(draft, model, f"{part}_{name}")
         util.write_csv(draft / f"logs/{name}.csv", rows)
         if frames.exists():
-            clean, noisy = gif_images(data, util.stride(encoder))
+            clean, noisy = gif_images(data)
             write_gifs(draft, name, frames, clean, util.to_uint8(noisy))
         write_sample_maps(draft, name, encoder, data)
         described = util.describe_run(args, rows, "val_psnr") | data.described
@@ -1038,6 +1023,7 @@ def evaluate_saved(args):
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         trained_size = util.size_of_run(record, dataset_name(args.dataset))
         data = load_data(args.dataset, args.data_dir, args.size or trained_size)
+        data = data.in_cells(util.stride(parts[0]))
         results, measured = measure_and_print(models, *parts, data, args.images)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
@@ -1366,7 +1352,7 @@ def main(argv=None):
     if args.verb != "train":
         use_saved(args)
         return
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit)
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit).in_cells(CELL)
     with util.training(__file__, args, data.checksums):
         encoder, decoder, autoencoder, rows = train(args, data)
         write_run(args, {args.name: autoencoder}, encoder, decoder, data, rows)

@@ -18,17 +18,18 @@ minutes on two CPU cores with AVX512-BF16.
 
 import simple_autoencoder as simple
 import util
-from load_data import dataset_name, load_data
+from load_data import dataset_name, load_data, validation_pair
 
 import keras
 from keras import layers
 
 # architecture of level two: with level one 209 million multiply-accumulates for a 32x32 image
+CELL = 4  # side in pixels of what a place of level two's code stands for
 FILTERS = 128
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 LATENT_DIM = 128
 DETAIL_FILTERS, DETAIL_BLOCKS = 64, 3  # of encoder and decoder of its detail code
-SURROUNDINGS = 17  # side in cells of 4x4 pixels of the square whose texture tells a detail code's variance
+SURROUNDINGS = 17  # side in cells of the square whose texture tells a detail code's variance
 
 # optimization
 GREEDY_EPOCHS = 1
@@ -148,7 +149,7 @@ def stack_detail_decoder(level_one, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS
 def validation_psnr(vae, data, args):
     """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images."""
     model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
-    noisy, clean = simple.noisy_validation(data.images["validation"], model, args)
+    noisy, clean = validation_pair(data.images["validation"], args.noise, args.sigma)
     return float(util.psnr(util.to_uint8(clean), util.denoise(model, noisy)).mean())
 
 
@@ -222,7 +223,7 @@ def main(argv=None):
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
     if base == args.name:
         raise util.ModelError(f"{base}: a stack would replace its own base; choose another --name")
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit)
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit).in_cells(CELL)
     models = {base: util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args, data.checksums):
         encoder, decoder, models[args.name], rows, record = train(args, data, base)

@@ -265,6 +265,13 @@ def test_corners_are_those_of_all_whole_patches():
     assert load_data.corners(picture[:7], 8, 4) == []
 
 
+def test_images_are_cut_to_whole_cells():
+    images = random_images(2, 19, 22, 3)
+    data = load_data.Data("odd", {"train": images, "test": images[:, :12]}, {}, (), {}).in_cells(4)
+    np.testing.assert_array_equal(data.images["train"], images[:, :16, :20])
+    np.testing.assert_array_equal(data.images["test"], images[:, :12, :20])
+
+
 def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
     blocks = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8).repeat(2, 0).repeat(2, 1)
     whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}

@@ -1,10 +1,8 @@
 import shutil
-from argparse import Namespace
 
 import simple_autoencoder as simple
 import stack_autoencoder as stack
 import util
-from load_data import Data
 
 import h5py
 import imageio.v3 as iio
@@ -200,20 +198,6 @@ def test_stack_goes_on_from_a_saved_one_without_a_greedy_stage(stacked, tmp_path
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_validation_images_of_odd_sides_are_cut_to_whole_cells():
-    encoder, decoder = small_models()
-    vae = simple.DenoisingVAE(
-        stack.stack_encoder(encoder, 20, 1, 18), stack.stack_decoder(decoder, 20, 1, 18)
-    )
-    args = Namespace(noise={"camera": 1.0}, sigma=(0, 75))
-    images = random_images(2, 19, 22, 3)
-    odd, whole = (
-        stack.validation_psnr(vae, Data("odd", {"validation": cut}, {}, (), {}), args)
-        for cut in (images, images[:, :16, :20])
-    )
-    assert odd == whole
-
-
 def test_evaluate_shows_simple_beside_stacked(stacked, tmp_path):
     out = shutil.copytree(stacked.out, tmp_path / "out")
     again = printed_by(stack, "evaluate", "--dataset=photos", "--out", out)
@@ -244,7 +228,7 @@ def test_images_that_are_no_whole_cells(trained_copy, monkeypatch):
     model = util.load_model(trained_copy, STACKED, "autoencoder")
     assert util.denoise(model, np.zeros((1, 26, 26, 3), np.float32)).shape == (1, 26, 26, 3)
     (key,) = util.read_record(trained_copy, STACKED)["evaluation"]
-    assert key.endswith("images of 26x26")
+    assert key.endswith("images of 24x24")
 
 
 @pytest.mark.parametrize(
