@@ -652,8 +652,8 @@ def size_of_run(record, dataset):
 
 
 def best_row(rows, monitor):
-    """Metrics of the best epoch: the smallest loss, or the largest of another metric; None without any."""
-    choose = min if monitor.endswith("loss") else max
+    """Metrics of the best epoch: the lowest loss or CRPS, the highest of another metric; None without any."""
+    choose = min if monitor.endswith(("loss", "crps")) else max
     return choose((row for row in rows if monitor in row), key=lambda row: row[monitor], default=None)
 
 

@@ -165,16 +165,18 @@ def test_detail_loss_against_its_formula():
     vae = simple.DetailVAE(*map(shaken, small_models()), *detail, kl_weight=0.25)
     clean = random_images(3, 16, 16, 3).astype(np.float32) / 255
     noisy = add_noise(random_images(3, 16, 16, 3), 25)
-    denoised, seen, draws, (log_var,) = vae(noisy, training=False)
-    loss = float(vae.compute_loss(noisy, clean, (denoised, seen, draws, [log_var]), training=False))
-    sigma = np.sqrt(((noisy - clean) ** 2).mean(axis=(1, 2, 3), keepdims=True))
-    weight = 1 / np.maximum(2 / 255, 0.25 * np.sqrt(8 / 255 * sigma))
+    denoised, (a, b), (log_var,) = vae(noisy, training=False)
+    a, b = np.array(a), np.array(b)
+    b[2] = a[2] + 1e-4  # which is less than a grey level
+    loss = float(vae.compute_loss(noisy, clean, (denoised, (a, b), [log_var]), training=False))
+    weight = 1 / np.maximum(1 / 255, abs(a - b).mean(axis=(1, 2, 3), keepdims=True))
+    assert list(weight.ravel() > 254) == [False, False, True]
     log_var = np.asarray(log_var)
     kl = 0.5 * (np.exp(log_var) - 1 - log_var).sum(axis=(1, 2, 3)) / clean[0].size
     expected = 0.25 * kl.mean()
     for side, share in simple.CRPS_WEIGHTS.items():
-        a, b, y = (simple.block_means(np.asarray(images), side) for images in (*draws, clean))
-        expected += share * (weight * (abs(a - y) + abs(b - y) - abs(a - b)) / 2).mean()
+        one, two, true = (simple.block_means(images, side) for images in (a, b, clean))
+        expected += share * (weight * (abs(one - true) + abs(two - true) - abs(one - two)) / 2).mean()
     assert loss == pytest.approx(expected, rel=1e-4)
     assert float(vae.kl.result()) == pytest.approx(kl.mean(), rel=1e-4)
     assert [model.trainable for model in (vae.encoder, vae.decoder)] == [False, False]

@@ -614,10 +614,11 @@ def test_muon_leaves_all_but_3x3_kernels_to_adamw():
     assert left == [False, True, True, True, True, True]
 
 
-def test_best_epoch_is_that_of_the_smallest_loss_or_of_the_largest_other_metric():
+def test_best_epoch_is_that_of_the_smallest_loss_or_crps_or_of_the_largest_other_metric():
     rows = [{"val_loss": loss, "val_psnr": psnr} for loss, psnr in ((3, 20), (1, 25), (2, 30))]
     assert util.best_row(rows, "val_loss") is rows[1]
     assert util.best_row(rows, "val_psnr") is rows[2]
+    assert util.best_row([{"val_crps": crps} for crps in (3, 2)], "val_crps") == {"val_crps": 2}
     assert util.best_row([], "val_loss") is None
 
 
