@@ -308,10 +308,10 @@ class DetailVAE(DenoisingVAE):
     Prediction, and Estimation", 2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS", 2024).
     Being unbiased, two draws suffice: more would only lower the variance, as more images do. CRPS_k scores
     the means of k x k pixels, so that the draws' neighbours deviate together, as errors do. w(x) is one
-    over the image's mean |a - b|, taken as a constant, so that a deviation that is wrong by a tenth counts
-    alike in flat and in textured images, under weak and under strong noise. A weight that depends on the
-    clean image would favour wrong distributions; this one depends on the noisy image alone. Since it would
-    reward draws that deviate too much, the plain CRPS of pixels tells the best epoch.
+    over the image's mean |a - b|, at least a grey level, taken as a constant, so that a deviation that is
+    wrong by a tenth counts alike in flat and in textured images, under weak and under strong noise. A weight
+    that depends on the clean image would favour wrong distributions; this one depends on the noisy image
+    alone. Since it would reward draws that deviate too much, the plain CRPS of pixels tells the best epoch.
 
     Args:
         encoder: Trained: noisy images to [z_mean, z_log_var] of each level, one after another.
@@ -673,7 +673,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
 
     Args:
         encoder, decoder: Saved models.
-        clean: uint8 array (N, H, W, 3).
+        clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
         sigma: Of the noise, on the 0-255 scale.
         samples: Draws of each image.
         at_once: Images computed at a time.
@@ -770,7 +770,7 @@ def posterior_figure(encoder, decoder, clean, measured):
 
     Args:
         encoder, decoder: Saved models.
-        clean: uint8 array (N, H, W, 3).
+        clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
         measured: What `measure_posterior` returned for each sigma.
     """
     noisy = add_noise(clean, SHOWN_SIGMA)
@@ -837,7 +837,7 @@ def feature_figure(encoder, clean):
 
     Args:
         encoder: Saved model.
-        clean: uint8 array (N, H, W, 3).
+        clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
     """
     rows, chosen = [], clean.std(axis=(1, 2, 3)).argmax()
     outputs = encoder.predict(util.to_float(clean[[chosen]]), verbose=0)

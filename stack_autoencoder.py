@@ -24,7 +24,7 @@ import keras
 from keras import layers
 
 # architecture of level two: with level one 209 million multiply-accumulates for a 32x32 image
-CELL = 4  # side in pixels of what a place of level two's code stands for
+CELL = 2 * simple.CELL  # side in pixels of what a place of level two's code stands for
 FILTERS = 128
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 LATENT_DIM = 128

@@ -72,11 +72,9 @@ def small_detail_models():
 def fixed_draws(decoder, outputs, samples, seed):
     """Stands for `util.draws` where tiles are compared: codes one deviation below, at and above the mean."""
     for draw in range(samples):
-        codes = [
-            mean + (draw - 1) * np.exp(log_var / 2)
-            for mean, log_var in zip(outputs[::2], outputs[1::2], strict=True)
-        ]
-        yield decoder.predict_on_batch(codes if len(codes) > 1 else codes[0])
+        coded = zip(*util.split_codes(outputs), strict=True)
+        codes = [mean + (draw - 1) * np.exp(log_var / 2) for mean, log_var in coded]
+        yield util.decode_arrays(decoder, codes)
 
 
 def shaken(model, seed=0):
