@@ -245,15 +245,14 @@ class DenoisingVAE(keras.Model):
         seed: Of noise and samples.
     """
 
-    monitor, kl_name = "val_psnr", "kl"
+    monitor, metric_names = "val_psnr", ("psnr", "kl")
 
     def __init__(self, encoder, decoder, kl_weight=KL_WEIGHT, seed=0):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
         self.encoder, self.decoder = encoder, decoder
         self.kl_weight, self.seed = kl_weight, seed
         self.random = keras.random.SeedGenerator(seed)
-        self.psnr = keras.metrics.Mean("psnr")
-        self.kl = keras.metrics.Mean(self.kl_name)
+        self.measured = {name: keras.metrics.Mean(name) for name in self.metric_names}
 
     def call(self, images, training=False):
         outputs = self.encoder(self.noisy(images))
@@ -274,17 +273,20 @@ class DenoisingVAE(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         denoised, means, log_vars = y_pred
-        mse, kl = self.measure(y, denoised, means, log_vars)
+        mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
+        kl = self.divergence(means, log_vars, y)
+        self.note(psnr=-10 * ops.log10(ops.maximum(mse, 1e-10)), kl=kl)
         return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
 
-    def measure(self, clean, denoised, means, log_vars):
-        """MSE and KL, in nats per pixel value, of each image (N,); updates the metrics."""
-        mse = ops.mean(ops.square(clean - denoised), axis=(1, 2, 3))
-        values = ops.cast(ops.prod(ops.shape(clean)[1:]), "float32")  # of an image: H * W * 3
-        kl = sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
-        self.psnr.update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
-        self.kl.update_state(kl)
-        return mse, kl
+    def divergence(self, means, log_vars, images):
+        """KL of all codes from N(0, I), in nats per pixel value of each image (N,)."""
+        values = ops.cast(ops.prod(ops.shape(images)[1:]), "float32")  # of an image: H * W * 3
+        return sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
+
+    def note(self, **values):
+        """Update the metrics of these names."""
+        for name, value in values.items():
+            self.measured[name].update_state(value)
 
 
 class DetailVAE(DenoisingVAE):
@@ -311,7 +313,8 @@ class DetailVAE(DenoisingVAE):
     over the image's mean |a - b|, at least a grey level, taken as a constant, so that a deviation that is
     wrong by a tenth counts alike in flat and in textured images, under weak and under strong noise. A weight
     that depends on the clean image would favour wrong distributions; this one depends on the noisy image
-    alone. Since it would reward draws that deviate too much, the plain CRPS of pixels tells the best epoch.
+    and, over so many pixels, hardly on the draws. Since it would reward draws that deviate too much, the
+    plain CRPS of pixels tells the best epoch.
 
     Args:
         encoder: Trained: noisy images to [z_mean, z_log_var] of each level, one after another.
@@ -321,13 +324,12 @@ class DetailVAE(DenoisingVAE):
         options: `kl_weight` and `seed` of `DenoisingVAE`.
     """
 
-    monitor, kl_name = "val_crps", "detail_kl"
+    monitor, metric_names = "val_crps", ("crps", "detail_kl")
 
     def __init__(self, encoder, decoder, detail_encoder, detail_decoder, **options):
         super().__init__(encoder, decoder, **options)
         self.encoder.trainable = self.decoder.trainable = False
         self.detail_encoder, self.detail_decoder = detail_encoder, detail_decoder
-        self.crps = keras.metrics.Mean("crps")
 
     def call(self, images, training=False):
         noisy = self.noisy(images)
@@ -339,20 +341,21 @@ class DetailVAE(DenoisingVAE):
         for _ in range(2):
             details = [self.sample(ops.zeros_like(log_var), log_var) for log_var in log_vars]
             draws.append(denoised + util.decode(self.detail_decoder, details))
-        return denoised, draws, log_vars
+        return draws, log_vars
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        denoised, draws, log_vars = y_pred
+        draws, log_vars = y_pred
         distance = ops.mean(ops.abs(draws[0] - draws[1]), axis=(1, 2, 3), keepdims=True)
         weight = 1 / ops.maximum(GREY_LEVEL, ops.stop_gradient(distance))
-        _, kl = self.measure(y, denoised, [0.0] * len(log_vars), log_vars)
+        kl = self.divergence([0.0] * len(log_vars), log_vars, y)
         loss = self.kl_weight * ops.mean(kl)
         for side, share in CRPS_WEIGHTS.items():
             a, b, clean = (ops.average_pool(images, side, strides=side) for images in (*draws, y))
             crps = (ops.abs(a - clean) + ops.abs(b - clean) - ops.abs(a - b)) / 2
             loss += share * ops.mean(weight * crps)
             if side == 1:
-                self.crps.update_state(crps / GREY_LEVEL)
+                self.note(crps=crps / GREY_LEVEL)
+        self.note(detail_kl=kl)
         return loss
 
 

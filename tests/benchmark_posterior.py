@@ -41,7 +41,7 @@ def build_variance(filters=simple.FILTERS, latent_dim=simple.LATENT_DIM):
 class PixelGaussian(simple.DenoisingVAE):
     """Trains the variance of each pixel around the mean of a frozen encoder and decoder."""
 
-    monitor, kl_name = "val_loss", "kl"
+    monitor, metric_names = "val_loss", ()
 
     def __init__(self, encoder, decoder, variance, **options):
         super().__init__(encoder, decoder, **options)
