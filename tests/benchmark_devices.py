@@ -10,6 +10,7 @@ included. It tells of the machine it runs on, which should be idle, and of no ot
 share its memory and need no network.
 """
 
+import argparse
 import json
 import os
 import socket
@@ -85,16 +86,20 @@ def measured(side, kind, count, joined):
     for number in range(count):
         joining = {"JOB_ADDRESSES": address, "NUM_PROCESSES": count, "PROCESS_ID": number} if joined else {}
         environment = os.environ | {f"KERAS_DISTRIBUTION_{key}": str(value) for key, value in joining.items()}
-        command = [sys.executable, __file__, side, kind, str(cores[number])]
+        command = [sys.executable, __file__, str(side), kind, str(cores[number])]
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     printed = [process.communicate()[0] for process in started]
     return json.loads(printed[0].splitlines()[-1])
 
 
 def main():
-    side, kind, core = (*sys.argv[1:], *("32", "simple", None)[len(sys.argv) - 1 :])
-    if core:
-        step(int(side), kind, int(core))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("side", type=int, nargs="?", default=32, help="of an image in pixels (default: 32)")
+    parser.add_argument("kind", nargs="?", default="simple", choices=("simple", "stacked"), help="of model")
+    parser.add_argument("core", type=int, nargs="?", help="measure this process alone, on this core")
+    side, kind, core = vars(parser.parse_args()).values()
+    if core is not None:
+        step(side, kind, core)
         return
     setups = {"1 process": (1, False), "2 processes apart": (2, False), "2 processes": (2, True)}
     results = {label: measured(side, kind, *setup) for label, setup in setups.items()}

@@ -7,6 +7,7 @@ the fly, and of the bare step, without noise, on a constant batch; then the resi
 a file the size of STL-10's unlabelled split (2.76 GB, made in a temporary folder, sparse on disk).
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -96,8 +97,11 @@ def memory(path):
 
 
 def main():
-    if len(sys.argv) > 1:
-        memory(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="?", help="measure memory alone, on this file in STL-10's format")
+    path = parser.parse_args().images
+    if path:
+        memory(path)
         return
     speed()
     with tempfile.TemporaryDirectory() as folder:
