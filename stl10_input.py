@@ -4,7 +4,7 @@
     python stl10_input.py --show               # and open a window with one training image
     python stl10_input.py --save-images 100    # and write 100 training images as PNG files, by class
 
-Writes `data/stl10_binary/` (3.2 GB) and keeps the archive beside it. An interrupted download goes on
+Writes `data/stl10_binary/` (3.1 GB) and keeps the archive beside it. An interrupted download goes on
 where it stopped. Needs numpy, matplotlib and the standard library only, so that the file can be taken
 along into other projects.
 
@@ -396,8 +396,12 @@ def save_images(images, labels, folder):
         path = Path(folder) / CLASS_NAMES[label - 1] / f"{index:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        mpl_image.imsave(temporary, np.ascontiguousarray(image), format="png")
-        os.replace(temporary, path)
+        try:
+            mpl_image.imsave(temporary, np.ascontiguousarray(image), format="png")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"{path}: not written ({error.strerror}); make room, run again") from None
 
 
 def _existing(path):

@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import stl10_input
 from stl10_input import DataError, download, download_and_extract, extract
 
 import imageio.v3 as iio
+import matplotlib.image
 import numpy as np
 import pytest
 from conftest import CONTENT, MD5, ROOT, archive_of, random_images, start, until, usage_error
@@ -73,6 +76,17 @@ def test_saved_images_are_the_images(tmp_path):
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert names == ["airplane/00000.png", "airplane/00002.png", "truck/00001.png"]
     np.testing.assert_array_equal(iio.imread(tmp_path / "truck/00001.png")[..., :3], images[1])
+
+
+def test_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def on_full_disk(path, image, format):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(matplotlib.image, "imsave", on_full_disk)
+    with pytest.raises(OSError, match="truck/00000.png: not written .No space left on device.; make room"):
+        stl10_input.save_images(random_images(1, 96, 96, 3), [10], tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def fetch(server, path, **options):
