@@ -593,8 +593,8 @@ def test_damaged_and_overlong_exif_are_left_out(tmp_path):
             assert ExifTags.Base.Make not in written.getexif()
 
 
-def test_jpeg_is_of_one_quality_whatever_its_ending(tmp_path):
-    pixels = random_images(40, 40, 1).repeat(3, axis=2)
+def test_jpeg_is_of_one_quality_whatever_its_ending_and_keeps_colours(tmp_path):
+    pixels = random_images(40, 40, 3)  # whose colours change from pixel to pixel
     written = []
     for suffix in (".jpg", ".jpeg", ".jfif", ".jpe"):
         load_data.write_pixels(tmp_path / f"a{suffix}", pixels)
