@@ -126,7 +126,7 @@ class Data:
     images: dict
     labels: dict
     class_names: tuple
-    checksums: dict  # MD5 of the files it came from, for the run record
+    checksums: dict  # MD5 of the files it came from, or of their names and sizes, for the run record
 
     @property
     def described(self):
@@ -752,7 +752,9 @@ def _load_folder(folder, data_dir, size):
     }
     # a name that is no Unicode is shown with escapes
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
-    return _usable(Data(name, images, labels, classes, {"listing": digest}), folder, size)
+    portable = repr([(name, stat.st_size) for name, stat in stats])  # without place and dates
+    checksums = {"names and sizes": hashlib.md5(portable.encode()).hexdigest()}
+    return _usable(Data(name, images, labels, classes, checksums), folder, size)
 
 
 def _write_cuts(cuts, size, cache, cached_labels):
