@@ -11,6 +11,7 @@ of several sigmas. The training scripts call `load_data` and `Batches` from here
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -379,7 +380,7 @@ def read_pixels(path):
     try:
         return _decoded(path)
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        if getattr(error, "errno", None) or isinstance(error, MemoryError):
+        if getattr(error, "errno", None) or isinstance(error, (MemoryError, DataError)):
             raise
         message = f"{path}: not a readable image ({first_line(error)}); convert it to plain PNG"
         raise DataError(message) from None
@@ -388,7 +389,7 @@ def read_pixels(path):
 def _decoded(path):
     """What `read_pixels` returns."""
     if not Path(path).is_file():  # a pipe could wait for ever
-        raise OSError("no such file, or none of the regular kind")
+        raise FileNotFoundError(errno.ENOENT, "no such file, or none of the regular kind", str(path))
     with Image.open(path, formats=FORMATS) as image:
         image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
         grey_depth = image.mode.startswith("I")  # 16 bits
@@ -405,7 +406,7 @@ def _decoded(path):
             grey = image.mode in ("1", "L", "LA")
             pixels = np.asarray(image.convert(("L" if grey else "RGB") + ("A" if transparent else "")))
         elif image.format == "PNG":
-            pixels = _tensorflow_io().decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
+            pixels = _tensorflow_io(path).decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
         else:
             with tifffile.TiffFile(path) as file:
                 pixels = file.pages[0].asarray()  # of planar configuration 2, channels come first
@@ -462,34 +463,46 @@ def _upright(pixels, orientation):
     return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
+def format_for(path, pixels, alpha=None):
+    """The format that the ending of `path` asks for.
+
+    Raises:
+        DataError: it is none of FORMATS, or cannot hold these channels or this depth.
+    """
+    suffix, deep = path.suffix.lower(), pixels.dtype == np.uint16
+    kind = SUFFIXES.get(suffix)
+    if not kind:
+        raise DataError(f"{path}: no format to write has this ending; choose .png")
+    if deep and kind not in ("PNG", "TIFF"):
+        raise DataError(f"{path}: {suffix} holds no 16 bits; choose .png")
+    if alpha is not None and (kind == "JPEG" or deep and kind == "TIFF" and pixels.shape[2] == 1):
+        raise DataError(f"{path}: {kind} holds no transparency{' of grey of 16 bits' * deep}; choose .png")
+    return kind
+
+
 def write_pixels(path, pixels, alpha=None, metadata=None):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
     Raises:
-        OSError: the format cannot hold these channels or this depth; or the disk is full, and so on.
+        OSError: the format cannot hold it; or the disk is full, and so on.
     """
-    suffix = path.suffix.lower()
-    kind, deep = SUFFIXES.get(suffix), pixels.dtype == np.uint16
-    if not kind:
-        raise OSError(f"{path}: no format to write has this ending; choose .png")
-    if deep and kind not in ("PNG", "TIFF"):
-        raise OSError(f"{path}: {suffix} holds no 16 bits; choose .png")
-    if alpha is not None and (kind == "JPEG" or deep and kind == "TIFF" and pixels.shape[2] == 1):
-        raise OSError(f"{path}: {kind} holds no transparency{' of grey of 16 bits' * deep}; choose .png")
+    kind = format_for(path, pixels, alpha)
     channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
     try:
-        encoded = _encoded(kind, channels, **(metadata or {}))
+        encoded = _encoded(path, kind, channels, **(metadata or {}))
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
-        raise OSError(f"{path}: {suffix} cannot hold it ({first_line(error)}); choose .png") from None
+        raise OSError(f"{path}: {kind} cannot hold it ({first_line(error)}); choose .png") from None
     with atomic(path) as temporary:
         temporary.write_bytes(encoded)
 
 
-def _encoded(kind, channels, **metadata):
-    """A file of pixels (H, W, 1 to 4), in memory: some encoders hang or crash on a full disk."""
+def _encoded(path, kind, channels, **metadata):
+    """What the file `path` of pixels (H, W, 1 to 4) holds; some encoders hang or crash on a full disk."""
     file, count, deep = io.BytesIO(), channels.shape[2], channels.dtype == np.uint16
     if deep and count > 1 and kind == "PNG":
-        return _with_metadata(_tensorflow_io().encode_png(channels).numpy(), metadata)
+        return _with_metadata(_tensorflow_io(path).encode_png(channels).numpy(), metadata)
     if deep and count > 1:
         (tags := Image.Exif()).load(metadata.get("exif", b""))
         texts = [(tag, "s", 0, text.encode(), True) for tag, text in tags.items() if isinstance(text, str)]
@@ -511,11 +524,13 @@ def _with_metadata(png, metadata):
     return png[:header] + file.getvalue()[header : file.getvalue().rindex(b"IDAT") - 4] + png[header:]
 
 
-def _tensorflow_io():
+def _tensorflow_io(path):
     try:
         from tensorflow import io
     except ImportError:
-        raise OSError("colours of 16 bits are read and written by TensorFlow, which is not there") from None
+        raise DataError(
+            f"{path}: PNG of 16-bit colours is handled by TensorFlow; install tensorflow"
+        ) from None
     return io
 
 

@@ -40,6 +40,7 @@ from load_data import (
     clean_of,
     dataset_name,
     evenly,
+    format_for,
     load_data,
     parse_noise,
     picture_pairs,
@@ -1118,7 +1119,7 @@ def deviation_path(target):
 
 
 def denoise_file(source, target, args, models):
-    """Denoise one image file and tell its size, what has changed, the error to expect and the time.
+    """Denoise one image file and tell its size, the error to expect and the time.
 
     Args:
         source, target: Paths.
@@ -1139,6 +1140,7 @@ def denoise_file(source, target, args, models):
     check_free()
     started = time.monotonic()
     pixels, alpha, metadata = read_pixels(source)
+    format_for(target, pixels, alpha)  # before the work
     denoised, errors = util.denoise_picture(autoencoder, pixels, args.strength, posterior, args.samples)
     check_free()  # another process may have been faster
     write_pixels(target, denoised, alpha, metadata)
@@ -1162,6 +1164,8 @@ def sources_and_targets(pictures, to, samples=0):
         inside = [path]
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+            for folder in sorted(file for file in path.iterdir() if file.is_dir() and file.name[0] != "."):
+                print(f"{folder}: left out, a folder in a folder", flush=True)
             if not inside:
                 raise DataError(f"{path}: there are no files in it; choose another folder")
         sources += inside

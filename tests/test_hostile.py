@@ -121,9 +121,9 @@ def test_picture_that_fails_for_any_reason_does_not_stop_the_others(trained, tmp
     monkeypatch.setattr(util, "denoise_picture", without_memory)
     sources = [tmp_path / name for name in ("a.jpg", "b.png", "c.webp", "d.png", "e.png")]
     told = denoise(trained, *sources, to=tmp_path / "out")
-    assert told[0].startswith(f"{tmp_path}/out/a.jpg: .jpg cannot hold it (")
-    assert told[1].startswith(f"{tmp_path}/b.png: not a readable image (no such file")
-    assert told[2].startswith(f"{tmp_path}/out/c.webp: .webp cannot hold it (")
+    assert told[0].startswith(f"{tmp_path}/out/a.jpg: JPEG cannot hold it (")
+    assert told[1].startswith(f"{tmp_path}/b.png: no such file, or none of the regular kind")
+    assert told[2].startswith(f"{tmp_path}/out/c.webp: WEBP cannot hold it (")
     assert told[3].startswith(f"{tmp_path}/d.png: Unable to allocate")
     assert len(told) == 4 and (tmp_path / "out/e.png").exists()
 

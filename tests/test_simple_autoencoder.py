@@ -907,9 +907,21 @@ def test_target_that_cannot_be_written_is_told_before_the_work(tmp_path):
     assert re.search("file: cannot be written to .*; choose another --to", line)
 
 
-def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path):
+def test_format_that_cannot_hold_a_picture_is_told_before_the_work(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(util, "denoise_picture", None)
+    iio.imwrite(tmp_path / "a.png", random_images(8, 8, 3))
+    target = tmp_path / "results.v2"
+    told_line(denoise, trained, tmp_path / "a.png", target)
+    assert capsys.readouterr().err == f"{target}: no format to write has this ending; choose .png\n"
+
+
+def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path, capsys):
     with pytest.raises(OSError, match="there are no files in it"):
         simple.sources_and_targets([tmp_path], tmp_path / "out")
+    (tmp_path / "a.png").touch()
+    (tmp_path / "nested").mkdir()
+    assert len(simple.sources_and_targets([tmp_path], tmp_path / "out")) == 1
+    assert capsys.readouterr().out == f"{tmp_path / 'nested'}: left out, a folder in a folder\n"
     pictures = [tmp_path / folder / "a.png" for folder in ("first", "second")]
     with pytest.raises(OSError, match="2 results would have this name"):
         simple.sources_and_targets(pictures, tmp_path / "out")
