@@ -258,10 +258,13 @@ def train(args, data, inputs):
     Returns:
         Trained classifier, float32 and uncompiled, and the metrics, a dict for each epoch.
     """
-    classes = len(data.class_names)
+    classes, shape = len(data.class_names), inputs["train"].shape[1:]
+    if min(shape[:2]) < 2 ** (len(WIDTHS) - bool(args.features)):  # which pooling would make empty
+        width_height = f"{shape[1]}x{shape[0]}"
+        raise util.ModelError(f"{args.features}: feature maps of {width_height}; choose a larger --size")
     feed = partial(LabelledBatches, inputs["train"], data.labels["train"], classes, args.batch_size)
     validation = util.to_float(inputs["validation"]), np.eye(classes)[data.labels["validation"]]
-    model = build_classifier(validation[0].shape[1:], classes, args.widths, bool(args.features))
+    model = build_classifier(shape, classes, args.widths, bool(args.features))
     if args.start:
         util.start_from(model, args.out, args.start)
     elif not args.features:
@@ -276,6 +279,12 @@ def train(args, data, inputs):
         loss, share = model.evaluate(*validation, verbose=0)
         print(f"Validation, with the mean of the rounds' weights: accuracy {share:.4f}, loss {loss:.4f}")
     return util.portable_copy(model), rows
+
+
+def encoder_checksum(args):
+    """SHA-256 of the weights that make the feature maps; None without --features."""
+    record = util.read_record(args.out, args.features) if args.features else {}
+    return record.get("files", {}).get(f"weights/encoder_{args.features}.weights.h5")
 
 
 def representation(args):
@@ -421,7 +430,7 @@ def evaluate(draft, args, model, denoisers, data, represent):
     return {"evaluation": {f"{data.name}, {count} images": results}}
 
 
-def load_fitting(args, data):
+def load_fitting(args, data, represent):
     """Load a saved classifier that was trained on such data and is fed the same way.
 
     Raises:
@@ -438,9 +447,11 @@ def load_fitting(args, data):
     if trained_on != args.features:
         remedy = f"give --features {trained_on}" if trained_on else "leave out --features"
         raise util.ModelError(f"{path}: a classifier of {trained_on or 'images'}; {remedy}")
-    expected, given = model.input_shape[1:], data.images["test"].shape[1:]
-    if not args.features and expected != given:
-        raise util.ModelError(f"{path}: classifies {expected}, not images {given}; choose another --size")
+    expected, given = model.input_shape[1:], represent(data.images["test"][:1]).shape[1:]
+    if expected != given:
+        raise util.ModelError(f"{path}: classifies {expected}, not {given}; choose another --size")
+    if record.get("encoder_sha256") != encoder_checksum(args):
+        raise util.ModelError(f"{path}: {args.features} has new weights since; train {args.name} again")
     return model
 
 
@@ -453,6 +464,7 @@ def write_run(args, model, rows, denoisers, data, represent):
         util.save_figures(draft, args.name, {"history": history})
         record = util.describe_run(args, rows, MONITOR) | data.described
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
+        record |= {"encoder_sha256": encoder_checksum(args)}
         rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]
         record["best"] = [util.best_row(epochs, MONITOR) for epochs in rounds]
         results = evaluate(draft, args, model, denoisers, data, represent)
@@ -468,7 +480,7 @@ def replaced(rows, new):
 def evaluate_saved(args, data, denoisers, represent):
     """Evaluate a saved classifier, write its figures and add the result to the run record."""
     with util.locked(args.out, args.name):
-        model = load_fitting(args, data)
+        model = load_fitting(args, data, represent)
         record = util.read_record(args.out, args.name)
         with util.publishing(args.out, args.name) as draft:
             results = evaluate(draft, args, model, denoisers, data, represent)["evaluation"]

@@ -1,5 +1,6 @@
 import json
 import shutil
+from argparse import Namespace
 
 import classifier
 import util
@@ -242,6 +243,19 @@ def test_feature_maps_are_classified_instead_of_images(copied):
     assert line.endswith(f"{name}.json: a classifier of {NAME}; give --features {NAME}")
     line = told_line(printed_by, classifier, "evaluate", *arguments, f"--name={CLASSIFIER}")
     assert line.endswith("a classifier of images; leave out --features")
+    line = told_line(printed_by, classifier, "evaluate", *arguments, "--size=12")
+    assert line.endswith("classifies (8, 8, 12), not (6, 6, 12); choose another --size")
+    record = json.loads((copied / f"logs/{NAME}.json").read_text())
+    record["files"][f"weights/encoder_{NAME}.weights.h5"] = None
+    (copied / f"logs/{NAME}.json").write_text(json.dumps(record))
+    line = told_line(printed_by, classifier, "evaluate", *arguments)
+    assert line.endswith(f"{name}.json: {NAME} has new weights since; train {name} again")
+
+
+def test_feature_maps_too_small_to_pool_are_refused():
+    args, data = Namespace(features="stacked_photos"), Namespace(class_names=("china", "flower"))
+    with pytest.raises(util.ModelError, match="stacked_photos: feature maps of 5x3; choose a larger --size"):
+        classifier.train(args, data, {"train": np.zeros((4, 3, 5, 12), np.float32)})
 
 
 def test_training_that_is_interrupted_everywhere_resumes_to_the_same_weights(classified, tmp_path):
@@ -274,7 +288,7 @@ def test_what_does_not_fit_is_told(copied):
     told = {
         "--denoisers=blur": f"autoencoder_blur.json: not found; there is {NAME}",
         "--name=classifier_cifar10": f"classifier_cifar10.json: not found; there is {CLASSIFIER}",
-        "--size=32": f"{record}: classifies (24, 24, 3), not images (32, 32, 3); choose another --size",
+        "--size=32": f"{record}: classifies (24, 24, 3), not (32, 32, 3); choose another --size",
     }
     for argument, expected in told.items():
         assert told_line(printed_by, classifier, *evaluate, argument).endswith(expected)
