@@ -756,7 +756,7 @@ def code_rows(encoder, clean):
     """Rows by code: its KL from N(0, I) in nats, mean over latents and images, and the share of active units.
 
     The noise is of SHOWN_SIGMA. Active are the channels whose mean has a variance above 0.01 (Burda, Grosse,
-    Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016).
+    Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016); None for detail codes, whose mean is zero.
     """
     outputs = encoder.predict(add_noise(clean, SHOWN_SIGMA), verbose=0)
     levels = range(1, len(util.level_means(outputs)) + 1)
@@ -764,8 +764,8 @@ def code_rows(encoder, clean):
     rows = []
     for name, mean, log_var in zip(names, *util.split_codes(outputs), strict=True):
         kl = ops.convert_to_numpy(kl_divergence(mean, log_var)) / mean[0].size
-        active = mean.var(axis=(0, 1, 2)) > 0.01
-        rows.append({"code": name, "KL per latent": float(kl.mean()), "active units": float(active.mean())})
+        active = float((mean.var(axis=(0, 1, 2)) > 0.01).mean()) if name.startswith("z") else None
+        rows.append({"code": name, "KL per latent": float(kl.mean()), "active units": active})
     return rows
 
 

@@ -1793,7 +1793,7 @@ def format_table(rows):
     def text(value):
         if isinstance(value, float):
             return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
-        return str(value)
+        return "" if value is None else str(value)
 
     cells = [list(rows[0])] + [[text(value) for value in row.values()] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
