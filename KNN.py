@@ -9,7 +9,7 @@ of the feature maps of saved encoders, when it is clean, noisy and denoised; a l
 is trained on the same spaces. Prints a table of accuracies and writes `figures/knn_DATASET_accuracy.png`,
 `figures/knn_DATASET_neighbours.png`, `figures/knn_DATASET_clusters.png` (k-means on the feature maps), with
 `models/kmeans_knn_DATASET_ENCODER_{centroids,labels}.npy`; `logs/knn_DATASET.json`; and feature maps for the
-next time.
+next time. CIFAR-10 takes 12 minutes on two CPU cores with AVX512-BF16.
 """
 
 import argparse
@@ -332,7 +332,7 @@ def main(argv=None):
         util.save_figures(draft, args.name, figures)
         described = {"arguments": util.recorded_arguments(args), "environment": util.environment()}
         results = {"test_images": count, "accuracy": rows, "clusters": cluster_rows}
-        util.write_record(draft, args.name, described | results)
+        util.write_record(draft, args.name, described | data.described | results)
     print(f"Written to {args.out}: figures, clusters, record of {args.name}, and feature maps")
 
 

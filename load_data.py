@@ -1272,7 +1272,7 @@ def parse_args(argv=None):
     )
     add_data_options(parser)
     parser.add_argument("--out", type=given_path, default=HERE, help="where figures/ is")
-    parser.add_argument("--energy", type=float, default=0.95, help="share of energy that PCA keeps")
+    parser.add_argument("--energy", type=float, default=0.95, help="share of the variance that PCA keeps")
     args = parser.parse_args(argv)
     if not 0 < args.energy < 1:
         parser.error(f"argument --energy: {args.energy} is not between 0 and 1")
