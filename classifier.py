@@ -179,7 +179,7 @@ def shift_zoom_or_cut_out(images, rng, share):
     return result
 
 
-class TurningMuon(util.ConvolutionMuon):
+class FixedNormMuon(util.ConvolutionMuon):
     """Muon that gives a kernel the norm sqrt(out) again after every step.
 
     Batch normalization makes the norm meaningless; the learning rate then is about the share of it that the
@@ -194,7 +194,7 @@ class TurningMuon(util.ConvolutionMuon):
 
 def build_optimizer(learning_rate, steps):
     """Muon whose learning rate falls linearly to zero over `steps`."""
-    return TurningMuon(
+    return FixedNormMuon(
         keras.optimizers.schedules.PolynomialDecay(learning_rate, steps, end_learning_rate=0.0),
         adam_lr_ratio=ADAM_SHARE,
         momentum=MOMENTUM,

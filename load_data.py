@@ -16,7 +16,6 @@ import hashlib
 import io
 import itertools
 import math
-import mmap
 import os
 import pickle
 import warnings
@@ -1005,7 +1004,7 @@ def developed(images, noise, rng):
     return to_float(to_uint8(images + noise))
 
 
-def without_grain(images):
+def halve_grainy(images):
     """Images (N, H, W, 3) in [0, 1], H and W even; a grainy one at half its size, mirrored to fill the frame.
 
     Many photographs that are taken as clean have as much grain as is to be removed; means of 2x2 pixels have
@@ -1120,13 +1119,13 @@ def fit_pca(images, energy=0.95):
     return PCA(n_components=energy, svd_solver=solver).fit(pixels)
 
 
-def training_pair(images, kind, at, sigma, rng):
+def training_pair(images, kind, position, sigma, rng):
     """Noisy and clean images of one kind of noise, as denoisers are trained on them.
 
     Args:
         images: uint8 array (N, H, W, 3).
         kind: One of NOISE_KINDS.
-        at: Where each image lies in the range of strengths, (N, 1, 1, 1) from 0 to 1.
+        position: Where each image lies in the range of strengths, (N, 1, 1, 1) from 0 to 1.
         sigma: Lowest and highest strength on the 0-255 scale. That of camera noise is kept within
             CAMERA_SIGMA, on a logarithmic scale, and zero for a share of NOISELESS.
         rng: `numpy.random.Generator`.
@@ -1135,10 +1134,10 @@ def training_pair(images, kind, at, sigma, rng):
         Two float arrays like `images`, nominally in [0, 1].
     """
     clean, (low, high) = to_float(clean_of(images, kind)), sigma
-    strength = low + at * (high - low)
+    strength = low + position * (high - low)
     if kind == "camera":
-        clean, (low, high) = without_grain(clean), np.clip(sigma, *CAMERA_SIGMA)
-        strength = np.where(rng.random(at.shape) < NOISELESS, 0, low * (high / low) ** at)
+        clean, (low, high) = halve_grainy(clean), np.clip(sigma, *CAMERA_SIGMA)
+        strength = np.where(rng.random(position.shape) < NOISELESS, 0, low * (high / low) ** position)
     return NOISE_KINDS[kind](clean, strength, rng), clean
 
 
@@ -1151,12 +1150,12 @@ def validation_pair(images, noise, sigma):
         sigma: Lowest and highest strength on the 0-255 scale; the images' are spread evenly between.
     """
     rng = np.random.default_rng(VALIDATION_NOISE_SEED)
-    at = np.linspace(0, 1, len(images)).reshape(-1, 1, 1, 1)
+    position = np.linspace(0, 1, len(images)).reshape(-1, 1, 1, 1)
     order = rng.permutation(len(images)) if len(noise) > 1 else np.arange(len(images))
     bounds = np.round(np.cumsum(list(noise.values()))[:-1] * len(images)).astype(int)
     noisy, clean = np.empty((2, *images.shape), np.float32)
     for kind, chosen in zip(noise, np.split(order, bounds), strict=True):
-        noisy[chosen], clean[chosen] = training_pair(images[chosen], kind, at[chosen], sigma, rng)
+        noisy[chosen], clean[chosen] = training_pair(images[chosen], kind, position[chosen], sigma, rng)
     return noisy, clean
 
 
@@ -1183,7 +1182,6 @@ class Batches(keras.utils.PyDataset):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
         self.noise, self.sigma = dict(noise), sigma
-        self._mapped = _memory_map(images)
         self._pool = ThreadPoolExecutor(AHEAD) if gpus() else None
         self.go_to(0)
 
@@ -1211,37 +1209,23 @@ class Batches(keras.utils.PyDataset):
         batch[mirrored] = batch[mirrored, :, ::-1]
         shares = np.array(list(self.noise.values()))
         kinds = rng.choice(list(self.noise), len(batch), p=shares / shares.sum())
-        at = rng.random((len(batch), 1, 1, 1))
+        position = rng.random((len(batch), 1, 1, 1))
         clean = to_float(batch)
-        noisy, sigma = clean.copy(), np.zeros(at.shape, np.float32)
+        noisy, sigma = clean.copy(), np.zeros(position.shape, np.float32)
         for kind in self.noise:
             chosen = kinds == kind
             if kind == "white":
-                sigma[chosen] = (self.sigma[0] + at[chosen] * (self.sigma[1] - self.sigma[0])) / 255
+                sigma[chosen] = (self.sigma[0] + position[chosen] * (self.sigma[1] - self.sigma[0])) / 255
             elif chosen.any():
-                noisy[chosen], clean[chosen] = training_pair(batch[chosen], kind, at[chosen], self.sigma, rng)
+                noisy[chosen], clean[chosen] = training_pair(
+                    batch[chosen], kind, position[chosen], self.sigma, rng
+                )
         return (noisy, sigma), clean
 
     def take(self, index):
         """Indices of the images of a batch, and a copy of these images."""
         chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
-        batch = self.images[chosen]
-        if self._mapped is not None:
-            _forget_pages(self._mapped)
-        return chosen, batch
-
-
-def _memory_map(array):
-    """The `mmap.mmap` that an array is a view of, or None."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return array if isinstance(array, mmap.mmap) else None
-
-
-def _forget_pages(mapped):
-    """Let go of the pages of a file that were read, which would else count as this process's memory."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+        return chosen, self.images[chosen]
 
 
 def add_data_options(parser):

@@ -276,7 +276,7 @@ class DenoisingVAE(keras.Model):
         denoised, means, log_vars = y_pred
         mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
         kl = self.divergence(means, log_vars, y)
-        self.note(psnr=-10 * ops.log10(ops.maximum(mse, 1e-10)), kl=kl)
+        self.update_metrics(psnr=-10 * ops.log10(ops.maximum(mse, 1e-10)), kl=kl)
         return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
 
     def divergence(self, means, log_vars, images):
@@ -284,7 +284,7 @@ class DenoisingVAE(keras.Model):
         values = ops.cast(ops.prod(ops.shape(images)[1:]), "float32")  # of an image: H * W * 3
         return sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
 
-    def note(self, **values):
+    def update_metrics(self, **values):
         """Update the metrics of these names."""
         for name, value in values.items():
             self.measured[name].update_state(value)
@@ -355,8 +355,8 @@ class DetailVAE(DenoisingVAE):
             crps = (ops.abs(a - clean) + ops.abs(b - clean) - ops.abs(a - b)) / 2
             loss += share * ops.mean(weight * crps)
             if side == 1:
-                self.note(crps=crps / GREY_LEVEL)
-        self.note(detail_kl=kl)
+                self.update_metrics(crps=crps / GREY_LEVEL)
+        self.update_metrics(detail_kl=kl)
         return loss
 
 

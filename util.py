@@ -394,7 +394,7 @@ def publishing(out, name):
         Folder to write to as if it were `out`.
     """
     end_joint_training()
-    publish(out, name)
+    finish_publishing(out, name)
     draft = Path(out) / "logs" / f".{name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     for folder in FOLDERS:
@@ -406,11 +406,11 @@ def publishing(out, name):
             _check_place(Path(out) / path.relative_to(draft))
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.replace(draft, _published(out, name))  # from here on the new files count
+        os.replace(draft, _complete_draft(out, name))  # from here on the new files count
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    publish(out, name)
+    finish_publishing(out, name)
 
 
 def _check_place(path):
@@ -418,9 +418,9 @@ def _check_place(path):
         raise ModelError(f"{path}: a folder is in the place of a file; move it away and run again")
 
 
-def publish(out, name):
+def finish_publishing(out, name):
     """Move what `publishing` completed for run `name` to its final place; do nothing if there is nothing."""
-    source = _published(out, name)
+    source = _complete_draft(out, name)
     for path in sorted(source.rglob("*")):
         if path.is_file():
             target = Path(out) / path.relative_to(source)
@@ -430,7 +430,7 @@ def publish(out, name):
     shutil.rmtree(source, ignore_errors=True)
 
 
-def _published(out, name):
+def _complete_draft(out, name):
     return Path(out) / "logs" / f".{name}.complete"
 
 
@@ -793,7 +793,7 @@ def load_model(out, run, part=None, precision="float32"):
         ModelError: no such model, a file that differs from what the run wrote, or no readable model.
     """
     out = Path(out)
-    publish(out, run)
+    finish_publishing(out, run)
     name = _model_name(run, part)
     architecture, weights = out / "models" / f"{name}.json", out / "weights" / f"{name}.weights.h5"
     if not architecture.exists():

@@ -55,7 +55,7 @@ def test_kernels_turn_as_muon_says_and_keep_their_norm():
     rng = np.random.default_rng(0)
     before, gradient = (rng.normal(size=(3, 3, 4, 8)).astype(np.float32) for _ in range(2))
     after = []
-    for optimizer in (classifier.TurningMuon, util.ConvolutionMuon):
+    for optimizer in (classifier.FixedNormMuon, util.ConvolutionMuon):
         variable = keras.Variable(before)
         optimizer(1.0, rms_rate=None).apply([keras.ops.convert_to_tensor(gradient)], [variable])
         after.append(keras.ops.convert_to_numpy(variable))

@@ -323,13 +323,13 @@ def test_grainy_images_are_halved_and_mirrored():
     calm = scene(2, 16).astype(np.float32) / 255
     calm[:, :, :9] = 0.5
     grainy = (calm + rng.normal(0, 2 / 255, calm.shape)).astype(np.float32)
-    np.testing.assert_array_equal(load_data.without_grain(calm), calm)
-    halved = load_data.without_grain(grainy)
+    np.testing.assert_array_equal(load_data.halve_grainy(calm), calm)
+    halved = load_data.halve_grainy(grainy)
     np.testing.assert_allclose(halved[:, 3, 5], grainy[:, 6:8, 10:12].mean(axis=(1, 2)), atol=1e-6)
     np.testing.assert_array_equal(halved, halved[:, ::-1])
     np.testing.assert_array_equal(halved, halved[:, :, ::-1])
     texture = rng.random((2, 16, 16, 3), np.float32)  # everywhere, and too strong for grain
-    np.testing.assert_array_equal(load_data.without_grain(texture), texture)
+    np.testing.assert_array_equal(load_data.halve_grainy(texture), texture)
 
 
 def test_only_images_with_camera_noise_are_halved(monkeypatch):
