@@ -2,6 +2,8 @@ import hashlib
 import itertools
 import os
 import pickle
+import re
+import sys
 
 import load_data
 import stl10_input
@@ -599,6 +601,16 @@ def test_jpeg_is_of_one_quality_whatever_its_ending_and_keeps_colours(tmp_path):
         written.append((tmp_path / f"a{suffix}").read_bytes())
     assert len(set(written)) == 1
     assert abs(iio.imread(written[0], extension=".jpg").astype(int) - pixels).mean() < 5
+
+
+def test_png_of_16_bit_colours_asks_for_tensorflow_where_it_is_not(tmp_path, monkeypatch):
+    path, pixels = tmp_path / "a.png", random_images(4, 6, 3, dtype=np.uint16)
+    load_data.write_pixels(path, pixels)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    expected = f"{path}: PNG of 16-bit colours is handled by TensorFlow; install tensorflow"
+    for work in (load_data.read_pixels, lambda path: load_data.write_pixels(path, pixels)):
+        with pytest.raises(DataError, match=re.escape(expected)):
+            work(path)
 
 
 def test_pixels_that_a_format_cannot_hold_are_refused(tmp_path):
