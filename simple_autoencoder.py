@@ -1362,7 +1362,7 @@ def main(argv=None):
         use_saved(args)
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit).in_cells(CELL)
-    with util.training(__file__, args, data.checksums):
+    with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, autoencoder, rows = train(args, data)
         write_run(args, {args.name: autoencoder}, encoder, decoder, data, rows)
 

@@ -225,7 +225,7 @@ def main(argv=None):
         raise util.ModelError(f"{base}: a stack would replace its own base; choose another --name")
     data = load_data(args.dataset, args.data_dir, args.size, args.limit).in_cells(CELL)
     models = {base: util.load_model(args.out, base, "autoencoder")}
-    with util.training(__file__, args, data.checksums):
+    with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, models[args.name], rows, record = train(args, data, base)
         simple.write_run(args, models, encoder, decoder, data, rows, record)
 

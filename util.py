@@ -490,19 +490,25 @@ def _scratch():
 
 
 @contextlib.contextmanager
-def training(script, args, data):
+def training(script, args, data, part=None):
     """Prepare a training run: lock, working folder, precision, seed. Tell how to resume when it is stopped.
 
     Args:
         script: `__file__` of the script.
         args: Its arguments, with `out`, `name`, `resume`, `seed`, `precision`.
         data: Checksums of the data.
+        part: One of PARTS that the run will write; None where it will write one model.
 
     Raises:
-        ModelError: another run of that name is going on, or was interrupted and is not to be resumed.
+        ModelError: another run of that name is going on, was interrupted and is not to be resumed, or has
+            saved models of another kind.
     """
     out, folder = Path(args.out), training_folder(args.out, args.name)
-    if (out / "logs" / f"{args.name}.json").exists():
+    path = out / "logs" / f"{args.name}.json"
+    if path.exists():
+        saved = (_read_dict(path) or {}).get("files")
+        if saved and f"models/{_model_name(args.name, part)}.json" not in saved:
+            raise ModelError(f"{path}: of a run of another kind; choose another --name")
         print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)

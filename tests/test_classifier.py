@@ -3,6 +3,7 @@ import shutil
 from argparse import Namespace
 
 import classifier
+import simple_autoencoder
 import util
 from load_data import Data, DataError, check_labelled
 
@@ -299,6 +300,12 @@ def test_what_does_not_fit_is_told(copied):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"class_names": ["ship", "truck"]}))
     line = told_line(printed_by, classifier, *evaluate)
     assert line == f"{record}: not a classifier of the classes of photos; choose another --name"
+
+
+def test_names_of_runs_of_another_kind_are_refused(copied):
+    for script, name in ((classifier, NAME), (simple_autoencoder, CLASSIFIER)):
+        line = told_line(printed_by, script, *TRAIN[:1], f"--name={name}", "--out", copied)
+        assert line == f"{copied}/logs/{name}.json: of a run of another kind; choose another --name"
 
 
 def test_one_class_is_refused(tmp_path):
