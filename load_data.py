@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import math
+import mmap
 import os
 import pickle
 import warnings
@@ -1182,6 +1183,7 @@ class Batches(keras.utils.PyDataset):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
         self.noise, self.sigma = dict(noise), sigma
+        self._mapped = _memory_map(images)
         self._pool = ThreadPoolExecutor(AHEAD) if gpus() else None
         self.go_to(0)
 
@@ -1225,7 +1227,23 @@ class Batches(keras.utils.PyDataset):
     def take(self, index):
         """Indices of the images of a batch, and a copy of these images."""
         chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
-        return chosen, self.images[chosen]
+        batch = self.images[chosen]
+        if self._mapped is not None:
+            _forget_pages(self._mapped)
+        return chosen, batch
+
+
+def _memory_map(array):
+    """The `mmap.mmap` that an array is a view of, or None."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array if isinstance(array, mmap.mmap) else None
+
+
+def _forget_pages(mapped):
+    """Let go of the pages of a file that were read, which would else count as this process's memory."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def add_data_options(parser):

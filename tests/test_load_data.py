@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import mmap
 import os
 import pickle
 import re
@@ -455,10 +456,11 @@ def test_batches_prepared_ahead_for_a_gpu_are_the_same(monkeypatch):
             keras.tree.map_structure(np.testing.assert_array_equal, ahead[index], alone[index])
 
 
-def test_batches_of_a_mapped_file_are_its_images(tmp_path):
+def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
     random_images(40 * IMAGE_BYTES).tofile(tmp_path / "unlabeled_X.bin")
     images = load_data.stl10_input.read_all_images(tmp_path / "unlabeled_X.bin")
     batches = Batches(images, 20)
+    assert isinstance(batches._mapped, mmap.mmap)
     chosen = np.sort(batches.order[:20])
     for image, index in zip(np.round(batches[0][1] * 255), chosen, strict=True):
         assert (image == images[index]).all() or (image == images[index][:, ::-1]).all()
