@@ -283,8 +283,7 @@ def train(args, data, inputs):
 
 def encoder_checksum(args):
     """SHA-256 of the weights that make the feature maps; None without --features."""
-    record = util.read_record(args.out, args.features) if args.features else {}
-    return record.get("files", {}).get(f"weights/encoder_{args.features}.weights.h5")
+    return util.sha256_of(args.out / f"weights/encoder_{args.features}.weights.h5") if args.features else None
 
 
 def representation(args):

@@ -1163,8 +1163,9 @@ def sources_and_targets(pictures, to, samples=0):
     for path in pictures:
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-            for folder in sorted(file for file in path.iterdir() if file.is_dir() and file.name[0] != "."):
+            visible = sorted(file for file in path.iterdir() if file.name[0] != ".")
+            inside = [file for file in visible if file.is_file()]
+            for folder in (file for file in visible if file.is_dir()):
                 print(f"{folder}: left out, a folder in a folder", flush=True)
             if not inside:
                 raise DataError(f"{path}: there are no files in it; choose another folder")
