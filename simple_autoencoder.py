@@ -941,8 +941,9 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
         described = util.describe_run(args, rows, "val_psnr") | data.described
         described["training_images"] = len(data.images[data.denoiser_split])
         results, measured = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
-        history = util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name)
-        util.save_figures(draft, name, {"history": history})
+        if rows:  # none if nothing was trained and the log of --start is missing
+            history = util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name)
+            util.save_figures(draft, name, {"history": history})
         draw_results(draft, name, models, encoder, decoder, data, measured)
         util.write_record(draft, name, described | (record or {}) | results)
     print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")

@@ -148,7 +148,9 @@ def add_precision_option(parser):
 def add_saved_run_options(parser, default="from the data set"):
     """Add the options that say which saved run a verb works on."""
     parser.add_argument("--name", type=run_name, help=f"saved run (default: {default})")
-    parser.add_argument("--out", type=given_path, default=HERE, help="where models/, weights/ and logs/ are")
+    parser.add_argument(
+        "--out", type=saved_folder, default=HERE, help="where models/, weights/ and logs/ are"
+    )
 
 
 def parse_resumable(parser, train, argv, default_name):
@@ -245,6 +247,14 @@ def given_path(text):
     if not text:
         raise ValueError(text)
     return Path(text)
+
+
+def saved_folder(text):
+    """Path of a folder on the command line, which must be there: a mistyped one is not to be made."""
+    path = given_path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return path
 
 
 def progress(total, label):

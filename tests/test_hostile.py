@@ -234,6 +234,7 @@ def test_names_with_dollars_or_of_no_unicode_are_drawn(tmp_path):
     [
         (["--dataset", ""], "--dataset"),
         (["--out", ""], "--out"),
+        (["evaluate", "--out", "mistyped"], "--out"),
         (["denoise", "", "--to", "a"], "IN"),
         (["denoise", "a.png", "--to", ""], "--to"),
         (["--name", "n" * 101], "--name"),

@@ -510,6 +510,14 @@ def test_evaluate_draws_nothing_of_other_images(option, trained_copy):
     assert {path: path.read_bytes() for path in trained_copy.glob("figures/*")} == figures
 
 
+def test_nothing_trained_and_no_log_draws_no_history(trained_copy):
+    (trained_copy / f"logs/{NAME}.csv").unlink()
+    nothing = [*TINY, "--epochs=0", "--detail-epochs=0", f"--start={NAME}", "--name=kept"]
+    printed_by(simple, *nothing, "--out", trained_copy)
+    assert (trained_copy / "figures/kept_sweep.png").exists()
+    assert not (trained_copy / "figures/kept_history.png").exists()
+
+
 def test_detail_code_is_trained_with_the_rest_as_it_is(trained, tmp_path):
     out = shutil.copytree(trained.out, tmp_path / "out")
     printed_by(simple, *TINY, "--epochs=0", f"--start={NAME}", "--name=simple_again", "--out", out)
