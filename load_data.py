@@ -260,8 +260,7 @@ def _load_cifar10(data_dir, size):
         raise DataError(f"cifar10: its images are 32x32, --size {size} is not possible")
     paths = stl10_input.download_and_extract(data_dir, CIFAR10_URL, CIFAR10_ARCHIVE_MD5, CIFAR10_FILE_MD5)
     batches = [read_cifar10_batch(*pair) for pair in zip(paths, CIFAR10_FILE_MD5.values(), strict=True)]
-    images = np.concatenate([batch[0] for batch in batches[:-1]])
-    labels = np.concatenate([batch[1] for batch in batches[:-1]])
+    images, labels = (np.concatenate(parts) for parts in zip(*batches[:-1], strict=True))
     return _with_validation("cifar10", images, labels, batches[-1], CIFAR10_CLASSES, CIFAR10_FILE_MD5)
 
 
@@ -349,12 +348,12 @@ def _open_cache(cache, shape, dtype=np.uint8):
     return array
 
 
-def read_picture(path, as_grey=False):
+def read_picture(path, keep_grey=False):
     """Read an image file as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
 
     Args:
         path: Of the file.
-        as_grey: Leave a grey picture grey, (H, W, 1).
+        keep_grey: Leave a grey picture grey, (H, W, 1).
 
     Raises:
         OSError: as `read_pixels` does.
@@ -362,7 +361,7 @@ def read_picture(path, as_grey=False):
     pixels, _, _ = read_pixels(path)
     if pixels.dtype == np.uint16:
         pixels = np.round(pixels / 257).astype(np.uint8)
-    return pixels if as_grey else np.repeat(pixels, 3 // pixels.shape[2], axis=2)
+    return pixels if keep_grey else np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
 def read_pixels(path):
@@ -551,7 +550,7 @@ def pictures_by_name(folder):
 
 def read_measurable(path):
     """Read a picture, (H, W, 3) or a grey one (H, W, 1), that is large enough for SSIM."""
-    picture = read_picture(path, as_grey=True)
+    picture = read_picture(path, keep_grey=True)
     if min(picture.shape[:2]) < MIN_SIZE:
         raise DataError(f"{path}: smaller than {MIN_SIZE}x{MIN_SIZE} pixels; remove it")
     return picture
@@ -885,7 +884,7 @@ def correlated(images, sigma, rng):
     """
     shape = (len(images), 1, 1, 1)
     common, own = (
-        low_pass(standard_normal(rng, (*images.shape[:3], channels)), radius, keep_variance=True)
+        low_pass(rng.standard_normal((*images.shape[:3], channels), np.float32), radius, keep_variance=True)
         for channels, radius in zip((1, 3), rng.uniform(*CORRELATED_RADII, (2, *shape)), strict=True)
     )
     share = rng.random(shape)
@@ -900,7 +899,7 @@ def poisson(images, sigma, rng):
 
 def speckle(images, sigma, rng):
     """y = x + 2 s x n: multiplicative noise, whose deviation is s at x = 1/2."""
-    return images + images * standard_normal(rng, images.shape) * (2 * sigma / 255)
+    return images + images * rng.standard_normal(images.shape, np.float32) * (2 * sigma / 255)
 
 
 def varying(images, sigma, rng):
@@ -913,7 +912,7 @@ def varying(images, sigma, rng):
     tents = (np.maximum(0, 1 - np.abs(distance)) for distance in (rows, columns))
     level = np.einsum("hi,wj,nij->nhw", *tents, rng.uniform(0.1, 1, (len(images), 4, 4)))[..., None]
     level /= np.sqrt(np.square(level).mean(axis=(1, 2), keepdims=True))
-    return images + level * standard_normal(rng, images.shape) * (sigma / 255)
+    return images + level * rng.standard_normal(images.shape, np.float32) * (sigma / 255)
 
 
 def impulse(images, sigma, rng):
@@ -963,7 +962,8 @@ def sensor_noise(images, sigma, rng):
     # shot and read noise a and b in the proportion of real cameras, and together as strong as sigma says
     variance = np.square(sigma / 255 / slope)
     shot = np.maximum(variance, 1e-12) / MID_GREY
-    read = np.exp(2.18 * np.log(shot) + 1.2 + 0.26 * standard_normal(rng, shot.shape))  # Brooks et al.
+    # Brooks et al.
+    read = np.exp(2.18 * np.log(shot) + 1.2 + 0.26 * rng.standard_normal(shot.shape, np.float32))
     shot, read = (part * variance / (shot * MID_GREY + read) for part in (shot, read))
     gains = draw((1.9, 1, 1.5), (2.4, 1, 1.9), 3)  # of the white balance (Brooks et al.)
     excess = draw(*COLOUR_MATRIX)
@@ -974,7 +974,7 @@ def sensor_noise(images, sigma, rng):
         np.take_along_axis(of_colours, bayer[..., None], axis=-1)
         for of_colours in (values, np.broadcast_to(gains, values.shape))
     )
-    noise = gain * np.sqrt(shot * value + read) * standard_normal(rng, value.shape)
+    noise = gain * np.sqrt(shot * value + read) * rng.standard_normal(value.shape, np.float32)
     noise = demosaic(noise[..., 0], bayer)
     noise = (1 + excess) * noise - excess * noise.mean(axis=-1, keepdims=True)
     return (to_srgb(linear + noise, curved) - to_srgb(linear - noise, curved)) / 2
@@ -1014,8 +1014,7 @@ def halve_grainy(images):
     steps = np.diff(255 * (images @ np.array(LUMA, np.float32)), axis=2)
     power = uniform_filter(np.square(steps), (0, 8, 8)).min(axis=(1, 2)) / 2
     small = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, 3).mean(axis=(2, 4))
-    mirrored = np.concatenate([small, small[:, ::-1]], axis=1)
-    mirrored = np.concatenate([mirrored, mirrored[:, :, ::-1]], axis=2)
+    mirrored = np.pad(small, [(0, 0), (0, small.shape[1]), (0, small.shape[2]), (0, 0)], mode="symmetric")
     low, high = np.square(GRAIN)
     return np.where(((low < power) & (power < high))[:, None, None, None], mirrored, images)
 
@@ -1066,10 +1065,6 @@ def low_pass(images, radius, keep_variance=False):
             gain /= np.sqrt(np.square(gain).mean(axis=axis, keepdims=True))
         spectrum *= gain[:, :, : spectrum.shape[2]]
     return np.fft.irfft2(spectrum, s=images.shape[1:3], axes=(1, 2))
-
-
-def standard_normal(rng, shape):
-    return rng.standard_normal(shape, np.float32)
 
 
 KINDS = (white, grey, jpeg, camera, correlated, poisson, speckle, varying, impulse, uniform)
@@ -1183,7 +1178,7 @@ class Batches(keras.utils.PyDataset):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
         self.noise, self.sigma = dict(noise), sigma
-        self._mapped = _memory_map(images)
+        self._mapped = getattr(images, "_mmap", None)  # of a NumPy memory map or a view of one
         self._pool = ThreadPoolExecutor(AHEAD) if gpus() else None
         self.go_to(0)
 
@@ -1228,22 +1223,9 @@ class Batches(keras.utils.PyDataset):
         """Indices of the images of a batch, and a copy of these images."""
         chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
         batch = self.images[chosen]
-        if self._mapped is not None:
-            _forget_pages(self._mapped)
+        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)  # else what was read counts as this process's memory
         return chosen, batch
-
-
-def _memory_map(array):
-    """The `mmap.mmap` that an array is a view of, or None."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return array if isinstance(array, mmap.mmap) else None
-
-
-def _forget_pages(mapped):
-    """Let go of the pages of a file that were read, which would else count as this process's memory."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def add_data_options(parser):

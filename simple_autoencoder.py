@@ -111,20 +111,17 @@ def residual_blocks(x, filters, count, name, use_bias=True):
     return x
 
 
+def log_var_head(x, latent_dim, name="detail", start="zeros"):
+    """Log-variance of a Gaussian code on the grid of x; starts at that of N(0, I), or another constant."""
+    # float32, since a log-variance of -10 in bfloat16 has steps of 0.06
+    options = {"kernel_initializer": "zeros", "bias_initializer": start, "dtype": "float32"}
+    return layers.Conv2D(latent_dim, 1, name=f"{name}_log_var", **options)(x)
+
+
 def code_heads(x, latent_dim, name="z"):
     """Mean and log-variance of a Gaussian code on the grid of x."""
     z_mean = layers.Conv2D(latent_dim, 1, name=f"{name}_mean")(x)
-    start = keras.initializers.Constant(INITIAL_LOG_VAR)
-    # float32, since a log-variance of -10 in bfloat16 has steps of 0.06
-    head = layers.Conv2D(
-        latent_dim,
-        1,
-        kernel_initializer="zeros",
-        bias_initializer=start,
-        dtype="float32",
-        name=f"{name}_log_var",
-    )
-    return z_mean, head(x)
+    return z_mean, log_var_head(x, latent_dim, name, keras.initializers.Constant(INITIAL_LOG_VAR))
 
 
 def build_encoder(filters=FILTERS, blocks=ENCODER_BLOCKS, latent_dim=LATENT_DIM):
@@ -151,18 +148,12 @@ def detail_features(noisy, mean, filters, blocks, name="detail"):
     return residual_blocks(x, filters, blocks, f"{name}_encoder")
 
 
-def detail_head(x, latent_dim, name="detail"):
-    """Log-variance of a detail code on the grid of x; starts at that of N(0, I)."""
-    head = layers.Conv2D(latent_dim, 1, kernel_initializer="zeros", dtype="float32", name=f"{name}_log_var")
-    return head(x)
-
-
 def build_detail_encoder(filters=FILTERS, blocks=DETAIL_ENCODER_BLOCKS, latent_dim=LATENT_DIM):
     """Detail encoder: [noisy image (N, H, W, 3), z_mean (N, H/2, W/2, latent_dim)] to detail_log_var."""
     noisy = keras.Input((None, None, 3), name="noisy")
     z_mean = keras.Input((None, None, latent_dim), name="z_mean")
     x = detail_features(noisy, z_mean, filters, blocks)
-    return keras.Model([noisy, z_mean], detail_head(x, latent_dim), name="detail_encoder")
+    return keras.Model([noisy, z_mean], log_var_head(x, latent_dim), name="detail_encoder")
 
 
 def build_detail_decoder(filters=FILTERS, blocks=DETAIL_DECODER_BLOCKS, latent_dim=LATENT_DIM):
@@ -276,18 +267,14 @@ class DenoisingVAE(keras.Model):
         denoised, means, log_vars = y_pred
         mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
         kl = self.divergence(means, log_vars, y)
-        self.update_metrics(psnr=-10 * ops.log10(ops.maximum(mse, 1e-10)), kl=kl)
+        self.measured["psnr"].update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
+        self.measured["kl"].update_state(kl)
         return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
 
     def divergence(self, means, log_vars, images):
         """KL of all codes from N(0, I), in nats per pixel value of each image (N,)."""
         values = ops.cast(ops.prod(ops.shape(images)[1:]), "float32")  # of an image: H * W * 3
         return sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
-
-    def update_metrics(self, **values):
-        """Update the metrics of these names."""
-        for name, value in values.items():
-            self.measured[name].update_state(value)
 
 
 class DetailVAE(DenoisingVAE):
@@ -355,8 +342,8 @@ class DetailVAE(DenoisingVAE):
             crps = (ops.abs(a - clean) + ops.abs(b - clean) - ops.abs(a - b)) / 2
             loss += share * ops.mean(weight * crps)
             if side == 1:
-                self.update_metrics(crps=crps / GREY_LEVEL)
-        self.update_metrics(detail_kl=kl)
+                self.measured["crps"].update_state(crps / GREY_LEVEL)
+        self.measured["detail_kl"].update_state(kl)
         return loss
 
 
@@ -469,12 +456,8 @@ def fit_detail(vae, detail, joined, data, args, epochs_before):
         vae: Trained `DenoisingVAE`; stays as it is.
         detail: Detail encoder and detail decoder.
         joined: Encoder and decoder of all codes.
-        data: `load_data.Data`.
-        args: Arguments of the run.
-        epochs_before: Epochs of earlier stages.
 
-    Returns:
-        The metrics of `fit_stage`.
+    The rest, and what is returned, is as for `fit_stage`.
     """
     trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, seed=args.seed)
     rows = fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
@@ -506,9 +489,8 @@ def calibrate(encoder, decoder, clean, args):
     parts = min(CALIBRATION_PARTS, len(clean))
     for noisy, target in zip(*(np.array_split(images, parts) for images in pair), strict=True):
         _, draws = decoded_draws(*models, noisy, CALIBRATION_SAMPLES)
-        for side in CRPS_WEIGHTS:
-            compared = compare_draws(block_means(target, side), block_means(draws, side))
-            ratios.append(spread_to_skill(compared, CALIBRATION_SAMPLES))
+        compared = compare_blocks(target, draws)
+        ratios += [spread_to_skill(of_side, CALIBRATION_SAMPLES) for of_side in compared.values()]
     ratio = math.exp(np.mean(np.log([ratio for ratio in ratios if 0 < ratio < math.inf] or [1])))
     for weight in encoder.weights:
         if re.search("detail[0-9]*_log_var/bias$", weight.path):
@@ -618,13 +600,7 @@ def sweep_figure(models, clean):
 
 
 def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=TEST_NOISE_SEED):
-    """Images decoded from the mean of the posterior and from draws of it.
-
-    Args:
-        encoder, decoder: Saved models.
-        noisy: float32 array (N, H, W, 3).
-        samples: Draws of all codes.
-        seed: Of the draws.
+    """Images decoded from the mean of the posterior and from draws of it, made as by `util.draws`.
 
     Returns:
         float32 arrays (N, H, W, 3) and (samples, N, H, W, 3), nominally in [0, 1].
@@ -672,6 +648,11 @@ def compare_draws(clean, draws):
     return {key: value.ravel() for key, value in compared.items()}
 
 
+def compare_blocks(clean, draws):
+    """What `compare_draws` returns, of means of blocks, by their side in pixels."""
+    return {side: compare_draws(block_means(clean, side), block_means(draws, side)) for side in CRPS_WEIGHTS}
+
+
 def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES, at_once=25):
     """Measure draws of the posterior by the protocol's noise.
 
@@ -685,7 +666,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
     Returns:
         Dict: by block side in pixels what `compare_draws` returns, and by name arrays (N,): PSNR in dB of the
         `posterior mean` that ships as the autoencoder, of the `mean of draws` and of `one draw`, and the
-        `expected` PSNR of the posterior mean, from what draws differ from it.
+        `expected` PSNR of the posterior mean, from what draws differ from it; `samples` is the number.
     """
     rng = np.random.default_rng(TEST_NOISE_SEED)
     parts, pixels = [], clean.shape[1] * clean.shape[2]
@@ -694,10 +675,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
         images = clean[start : start + at_once]
         noisy = add_noise(images, sigma, rng)
         mean, draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
-        measured = {
-            side: compare_draws(block_means(util.to_float(images), side), block_means(draws, side))
-            for side in CRPS_WEIGHTS
-        }
+        measured = compare_blocks(util.to_float(images), draws)
         shown = {"posterior mean": mean, "mean of draws": draws.mean(axis=0), "one draw": draws[0]}
         measured |= {label: util.psnr(images, util.to_uint8(image)) for label, image in shown.items()}
         expected = np.square(np.clip(draws, 0, 1) - np.clip(mean, 0, 1)).mean(axis=(0, 2, 3, 4))
@@ -707,10 +685,10 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
 
 
 def covered(compared, samples, share):
-    """Whether each true value lies between the quantiles that enclose this share of the draws, 0 to 1.
+    """For each true value 1 if it lies in the central interval that holds this share of the draws, else 0.
 
-    Among K draws the true value has one of K + 1 ranks, equally likely if draws are calibrated. A rank that a
-    quantile divides counts in part.
+    Among K draws the true value has one of K + 1 ranks, equally likely if draws are calibrated. A rank that
+    an end of the interval divides counts in part. The mean over all values is the coverage.
     """
     low, margin = compared["rank"] / (samples + 1), (1 - share) / 2
     inside = np.minimum(low + 1 / (samples + 1), 1 - margin) - np.maximum(low, margin)
@@ -885,11 +863,7 @@ def read_frame(path):
 def write_gifs(draft, name, folder, clean, noisy):
     """Write `gifs/NAME_single.gif` and `gifs/NAME_group.gif`: denoising as the epochs pass.
 
-    Args:
-        draft: Output folder.
-        name: Of the run.
-        folder: Where `Frames` kept the denoised images (N, H, W, 3) of each epoch.
-        clean, noisy: uint8 arrays (N, H, W, 3).
+    `folder` is where `Frames` kept the denoised images of each epoch; `clean` and `noisy` are uint8.
     """
     paths = sorted(folder.glob("[0-9]*.npy"))  # a kill may have left a temporary file among them
     paths = [
@@ -1070,18 +1044,17 @@ def picture_row(clean, noisy, models, samples):
         Row of the table, and the denoised picture, uint8.
     """
     denoised, errors = util.denoise_picture(models[0], noisy, posterior=models[1:], samples=samples)
-    row, outputs = {}, {"noisy ": noisy, "": denoised}
+    noisy, denoised = (util.to_uint8(util.to_float(picture)) for picture in (noisy, denoised))
+    row = {}
     for measure in (util.psnr, util.ssim):
-        for label, output in outputs.items():
-            output = output if output.dtype == np.uint8 else util.to_uint8(output)
-            row[f"{label}{measure.__name__.upper()}"] = float(measure(clean[None], output[None])[0])
-            outputs[label] = output
+        for label, picture in (("noisy ", noisy), ("", denoised)):
+            row[f"{label}{measure.__name__.upper()}"] = float(measure(clean[None], picture[None])[0])
     if samples:
-        true = np.abs(clean - outputs[""].astype(np.float32))
+        true = np.abs(clean - denoised.astype(np.float32))
         row["expected PSNR"] = psnr_of(root_mean_square(errors))
         # 0.9 if errors are Gaussian and as large as expected
         row["below 1.645 expected errors"] = float((true <= 1.645 * errors[..., None]).mean())
-    return row, outputs[""]
+    return row, denoised
 
 
 def evaluate_pictures(args):
@@ -1106,7 +1079,7 @@ def evaluate_pictures(args):
             if args.save:
                 stem = f"{name}_{label.replace(' ', '_')}"
                 write_pixels(args.save / f"{stem}_denoised.png", denoised)
-                write_pixels(args.save / f"{stem}.png", noisy if not noise else util.to_uint8(noisy))
+                write_pixels(args.save / f"{stem}.png", util.to_uint8(util.to_float(noisy)))
         means = {key: float(np.mean([row[key] for row in rows])) for key in list(rows[0])[2:]}
         summary.append({"noise": label, "picture": f"mean of {len(rows)}"} | means)
         print(util.format_table([*rows, summary[-1]]), flush=True)
@@ -1311,9 +1284,8 @@ def add_denoise_options(parser):
 
 def default_name(args, kind):
     """Name of the run that a verb works on, where none is given."""
-    if args.verb == "train" or (args.verb == "evaluate" and not args.pictures):
-        return f"{kind}_{dataset_name(args.dataset)}"
-    return PHOTOGRAPHS_RUN
+    own_pictures = getattr(args, "pictures", None)
+    return PHOTOGRAPHS_RUN if own_pictures else f"{kind}_{dataset_name(args.dataset)}"
 
 
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda train: None):

@@ -124,7 +124,7 @@ def stack_detail_encoder(level_one, z2_dim, filters=DETAIL_FILTERS, blocks=DETAI
     options = {"strides": 2, "kernel_initializer": "zeros", "dtype": "float32"}
     fine = layers.Conv2DTranspose(z_mean.shape[-1], 2, name="log_var_to_fine", **options)(around)
     log_var = layers.Add(dtype="float32", name="log_var_ladder")([level_one([noisy, z_mean]), fine])
-    log_vars = [log_var, simple.detail_head(x, filters, "detail2")]
+    log_vars = [log_var, simple.log_var_head(x, filters, "detail2")]
     return keras.Model([noisy, z_mean, z2_mean], log_vars, name="detail_encoder")
 
 

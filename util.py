@@ -11,7 +11,6 @@ import csv
 import errno
 import functools
 import hashlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -55,6 +54,8 @@ def _no_greeting():
 try:
     with _no_greeting():
         import keras
+    if not hasattr(keras.ops.image, "ssim"):
+        raise ImportError(f"Keras {keras.__version__} is too old: pip install 'keras>=3.15'")
     import h5py
     import imageio.v3 as iio
     import matplotlib
@@ -85,7 +86,9 @@ except ImportError:  # Windows: no advisory locks, so two runs of one name are n
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
+BATCH = 250  # images computed at a time, outside training
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
+PART_PREFIXES = tuple(f"{part}_" for part in PARTS)  # of the names of their files
 UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
 RESERVED_NAMES = ("sigma", "clean", "noisy", "pixels", "PCA")  # beside runs in tables and figures
 LARGEST_WEIGHT = 1e6  # of a saved model
@@ -197,11 +200,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def verb_parser(argv, verbs, description):
     """Parser of a script that knows verbs, of which `train` is meant where none is given.
 
-    Args:
-        argv: Arguments, by default those of the process.
-        verbs: Names of the verbs.
-        description: Docstring of the script.
-
     Returns:
         Arguments that begin with a verb, the parser, and what adds the verbs' parsers: a function of name and
         help.
@@ -238,7 +236,7 @@ def run_name(text):
 
 
 def _is_run_name(text):
-    taken = text in RESERVED_NAMES or text.startswith(tuple(f"{part}_" for part in PARTS))
+    taken = text in RESERVED_NAMES or text.startswith(PART_PREFIXES)
     return not taken and re.fullmatch(r"[\w-]+", text) and len(os.fsencode(text)) <= NAME_BYTES
 
 
@@ -306,8 +304,6 @@ def run_script(main):
     signal.signal(signal.SIGTERM, stop)
     sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # closed, as by `>&-`
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold what a terminal may not
-    if not hasattr(keras.ops.image, "ssim"):
-        sys.exit(f"Keras {keras.__version__} is too old for these scripts; run pip install 'keras>=3.15'")
     try:
         main()
         sys.stdout.flush()
@@ -374,18 +370,15 @@ def atomic(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
     # the ending stays, since writers choose the format by it
-    handle, temporary = tempfile.mkstemp(prefix=".unfinished-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".unfinished-{os.urandom(8).hex()}{path.suffix}")
     try:
         with _named(path):
-            yield Path(temporary)
-        with open(temporary, "rb") as file:
+            yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
-        os.umask(umask := os.umask(0))  # which can only be asked for by setting it
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -403,7 +396,9 @@ def publishing(out, name):
     Yields:
         Folder to write to as if it were `out`.
     """
-    end_joint_training()
+    _disconnect()
+    if processes()[0]:
+        sys.exit()
     finish_publishing(out, name)
     draft = Path(out) / "logs" / f".{name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -414,7 +409,7 @@ def publishing(out, name):
             yield draft
         for path in draft.rglob("*.*"):
             _check_place(Path(out) / path.relative_to(draft))
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:
                 os.fsync(file.fileno())
         os.replace(draft, _complete_draft(out, name))  # from here on the new files count
     except BaseException:
@@ -475,7 +470,8 @@ def check_writable(folder, remedy, drafts=None):
     """Find out before the work, not after it, whether its results can be written; make the folder if missing.
 
     Raises:
-        ModelError: they cannot, or not be moved there from the folder `drafts`; tells `remedy`.
+        ModelError: nothing can be written there, or moved there from the folder `drafts`, which may be on
+            another disk; the message ends in `remedy`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -558,8 +554,8 @@ def _keep_arguments(path, script, args, data):
     if interrupted.pop("data", data) != data:  # which a new date of a file is enough for
         print("The pictures have changed since the run was interrupted, and perhaps their splits.")
     for key, old in interrupted.items():
-        more_epochs = "epochs" in key and old  # a stage that was left out stays so
-        if key not in CHANGEABLE and not more_epochs and new.get(key, old) != old:
+        other_epochs = "epochs" in key and old  # a stage that was left out stays so
+        if key not in CHANGEABLE and not other_epochs and new.get(key, old) != old:
             what = f"the interrupted run has {key.replace('_', '-')} {old}, not {new[key]}"
             raise ModelError(f"{path}: {what}; resume it as it was, or delete {path.parent}")
     with atomic(path) as temporary:
@@ -636,13 +632,7 @@ def write_record(draft, name, record):
 
 
 def describe_run(args, rows, monitor):
-    """What the record of every training run tells.
-
-    Args:
-        args: Arguments of the run.
-        rows: Metrics of each epoch, as `fit` returns them.
-        monitor: Metric that tells the best epoch.
-    """
+    """What the record of every training run tells; `rows` and `monitor` as of `fit`."""
     return {
         "name": args.name,
         "arguments": recorded_arguments(args),
@@ -752,7 +742,7 @@ def save_model(draft, model, name):
 
 
 class _Memory(io.BytesIO):
-    """File in memory that Keras takes for one of weights."""
+    """File in memory that Keras takes for one of weights, since it looks at the ending of `str(path)`."""
 
     def __str__(self):
         return "memory.weights.h5"
@@ -775,16 +765,11 @@ def write_weights(path, model, history=None):
 
 
 def saved_runs(out, part=None):
-    """Names of the runs that have saved a model, sorted.
-
-    Args:
-        out: Folder that holds `models/`.
-        part: One of PARTS; None for runs of one model, such as classifiers.
-    """
+    """Names of the runs that have saved this one of PARTS, or without it their only model; sorted."""
     names = sorted(path.stem for path in Path(out).glob("models/*.json"))
     if part:
         return [name.removeprefix(f"{part}_") for name in names if name.startswith(f"{part}_")]
-    return [name for name in names if not name.startswith(PARTS)]
+    return [name for name in names if not name.startswith(PART_PREFIXES)]
 
 
 def denoiser_runs(out, dataset, part):
@@ -889,13 +874,7 @@ def _model_name(run, part):
 
 
 def start_from(model, out, run, part=None):
-    """Set the weights of a model to those of a saved one, to go on from there.
-
-    Args:
-        model: `keras.Model`.
-        out: Folder that holds `models/`, `weights/` and `logs/`.
-        run: Name of the saved run.
-        part: One of PARTS; None where the run has one model.
+    """Set the weights of a model to those of a saved one, named as for `load_model`, to go on from there.
 
     Raises:
         ModelError: the saved model is missing, damaged or of another architecture.
@@ -918,7 +897,8 @@ def first_line(error):
 def layer_calls(model, inputs):
     """(layer, inputs, outputs) of every layer of a functional model, those of nested models included.
 
-    Inputs and outputs are lists. The inputs of a nested model are the outputs of all its layers.
+    Inputs and outputs are lists. A nested model comes after its layers, and all their outputs are its inputs:
+    what was found out about them counts for what follows.
     """
     calls = []
 
@@ -962,13 +942,12 @@ def receptive_field(model):
     return max(reach.values())
 
 
-def denoise(model, noisy, batch_size=250):
+def denoise(model, noisy):
     """Denoise a batch of images of any size.
 
     Args:
         model: Saved `autoencoder`.
         noisy: float32 array (N, H, W, 3), nominally in [0, 1].
-        batch_size: Images computed at a time.
 
     Returns:
         uint8 array (N, H, W, 3): the output clipped and rounded, as the protocol measures it.
@@ -977,7 +956,7 @@ def denoise(model, noisy, batch_size=250):
     step = stride(model)
     # the model wants whole cells: repeat the last row and column, and cut them off again
     padded = np.pad(noisy, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="edge")
-    denoised = model.predict(padded, batch_size=batch_size, verbose=0)[:, :height, :width]
+    denoised = model.predict(padded, batch_size=BATCH, verbose=0)[:, :height, :width]
     return to_uint8(denoised)
 
 
@@ -988,7 +967,7 @@ def tile_spans(length, tile, reach, step):
 
     Args:
         length: Of the side, in pixels.
-        tile: Most of a tile that lies inside.
+        tile: Longest tile that has surroundings on both sides; the first and the last may be `reach` longer.
         reach: Pixels that a window reaches beyond such a tile to either side, a multiple of `step`.
         step: What the length of windows and their starts are multiples of.
 
@@ -1019,7 +998,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         strength: From 0, the picture itself, to 1, all of the model's result.
         posterior: Saved encoder and decoder of the same run, to tell the error to expect.
         samples: Draws of the code that tell it.
-        tile: Most of a tile's side that lies inside, in pixels.
+        tile: Longest side of a tile, as for `tile_spans`; by default TILE, with draws SAMPLING_TILE.
 
     Returns:
         Array like `picture`; and the error to expect at each pixel, float16 (H, W) in grey levels of 0-255:
@@ -1243,13 +1222,9 @@ class Checkpoint(keras.callbacks.Callback):
         write_csv(self.folder / "epochs.csv", self.rows)
 
 
-def tensorboard(folder):
-    """TensorBoard callback in a list; empty, with a notice, where it is not installed."""
-    return [keras.callbacks.TensorBoard(folder, write_graph=False)] if _has_tensorboard() else []
-
-
 @functools.cache
 def _has_tensorboard():
+    """Whether TensorBoard is installed; a notice where it is not."""
     there = all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard"))
     if not there:
         print("TensorBoard logs are left out: they need the packages tensorflow and tensorboard.")
@@ -1290,13 +1265,6 @@ def join_processes():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if jax.device_count() != count * jax.local_device_count():
         raise ModelError(f"{jax.device_count()} devices: {count} processes need as many each")
-
-
-def end_joint_training():
-    """End the joint work of several processes: the first goes on alone, the others end well."""
-    _disconnect()
-    if processes()[0]:
-        sys.exit()
 
 
 def _disconnect():
@@ -1407,12 +1375,12 @@ def _on_all_devices(model, batches, validation):
     def share(array):
         return np.split(array[: len(array) // used * used], count)[number]
 
-    fed = {"x": batches, "validation_data": validation, "validation_batch_size": 250}
+    fed = {"x": batches, "validation_data": validation, "validation_batch_size": BATCH}
     if used == 1:
         yield fed
         return
     fed["x"], fed["validation_data"] = _Share(batches, share), keras.tree.map_structure(share, validation)
-    fed["validation_batch_size"] = max(1, 250 // used) * used // count
+    fed["validation_batch_size"] = max(1, BATCH // used) * used // count
     parallel = keras.distribution.DataParallel(devices=devices[:used], auto_shard_dataset=False)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     for variable, value in zip(variables, broadcast([np.asarray(v.value) for v in variables]), strict=True):
@@ -1484,8 +1452,9 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         if later.stat().st_mtime > checkpoint.path.stat().st_mtime:  # it holds this stage's weights of then
             raise ModelError(f"{later}: {later.parent.name} has begun; resume with the epochs of before")
     checkpoint.rows = broadcast_json(checkpoint.rows)
-    # the checkpoint comes last, when all else of the epoch is on disk
-    callbacks = [*tensorboard(folder / "tensorboard" / stage), *callbacks, checkpoint]
+    callbacks = [*callbacks, checkpoint]  # which comes last, when all else of the epoch is on disk
+    if _has_tensorboard():
+        callbacks.insert(0, keras.callbacks.TensorBoard(folder / "tensorboard" / stage, write_graph=False))
     try:
         with _StopBetweenBatches() as stop, _on_all_devices(model, batches, validation) as fed:
             model.fit(
@@ -1635,12 +1604,7 @@ def save_gif(figures, path):
 def feature_map_origin(run, weights, images, pooling, **described):
     """Attributes that tell what a file of feature maps was made from, down to the bits.
 
-    Args:
-        run: Name of the encoder's run.
-        weights: Its weights file.
-        images: What it was fed, array (N, H, W, 3).
-        pooling: Side of the grid that the maps were averaged to; 0 leaves them as they are.
-        described: What a reader wants to know beside: data set, split, sigma.
+    `weights` is the encoder's file, the rest as for `feature_maps`.
     """
     digest = hashlib.blake2b(repr((images.shape, images.dtype.str)).encode(), digest_size=16)
     for start in range(0, len(images), 1000):
@@ -1708,16 +1672,11 @@ class _Sink(io.FileIO):
         self.check()
 
 
-def write_feature_maps(path, encoder, images, labels, origin, batch_size=250):
+def write_feature_maps(path, encoder, images, labels, origin, batch_size=BATCH):
     """Stream the feature maps of a saved encoder to an HDF5 file.
 
-    Args:
-        path: File to write: `features` (N, h, w, c) float16, `labels` (N,) int64, and the attributes.
-        encoder: Saved `encoder`.
-        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1].
-        labels: N labels.
-        origin: `feature_map_origin` of the images.
-        batch_size: Images computed at a time.
+    It holds `features` (N, h, w, c) float16, `labels` (N,) int64, and as attributes `origin`, the
+    `feature_map_origin` of the images. The rest is as for `feature_maps`.
     """
     with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
         file.attrs.update(origin)

@@ -72,12 +72,7 @@ def measure_rival(rival, clean, sigma, samples=simple.POSTERIOR_SAMPLES):
         images = clean[start : start + AT_ONCE]
         mean, log_var = rival.predict(add_noise(images, sigma, rng), verbose=0)
         draws = pixel_draws(mean, log_var, samples, (simple.TEST_NOISE_SEED, start))
-        truth = util.to_float(images)
-        blocks = {
-            side: (simple.block_means(truth, side), simple.block_means(draws, side))
-            for side in simple.CRPS_WEIGHTS
-        }
-        parts.append({side: simple.compare_draws(*pair) for side, pair in blocks.items()})
+        parts.append(simple.compare_blocks(util.to_float(images), draws))
     joined = keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
     return joined | {"samples": samples}
 
