@@ -33,7 +33,8 @@ SURROUNDINGS = 17  # side in cells of the square whose texture tells a detail co
 
 # optimization
 GREEDY_EPOCHS = 1
-EPOCHS = 8  # of the joint tuning
+EPOCHS = 12  # of the joint tuning
+DETAIL_EPOCHS = 3  # level one's detail code is trained already
 BATCH_SIZE = 64  # with 16 the joint tuning loses 0.28 dB at first, and just wins it back
 LEARNING_RATE = 5e-4  # at 1e-3 the loss of Adam became infinite in the second epoch
 KL_WEIGHT = 1e-4  # with 1e-3, 0.3 dB less at sigma 75
@@ -169,6 +170,7 @@ def add_stack_options(parser):
         filters=FILTERS,
         latent_dim=LATENT_DIM,
         epochs=EPOCHS,
+        detail_epochs=DETAIL_EPOCHS,
         batch_size=BATCH_SIZE,
         learning_rate=LEARNING_RATE,
         kl_weight=KL_WEIGHT,
