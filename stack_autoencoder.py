@@ -12,7 +12,7 @@ code for every 4x4 pixels, where the receptive field soon covers a whole object.
 with level one frozen (greedy, as in Vincent et al., "Stacked Denoising Autoencoders", JMLR 2010), then both
 levels are tuned together. Level one's code still reaches the decoder beside level two's, so that the stack
 starts at the simple model's PSNR. Last, the detail codes of both levels are trained. Writes the same files as
-`simple_autoencoder.py`, under the name `stacked_DATASET`. A training of CIFAR-10 with the defaults takes 90
+`simple_autoencoder.py`, under the name `stacked_DATASET`. A training of CIFAR-10 with the defaults takes 80
 minutes on two CPU cores with AVX512-BF16.
 """
 
