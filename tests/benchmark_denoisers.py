@@ -120,6 +120,7 @@ def time_figure(table, labels, denoisers, title):
         x, y = 1000 * denoiser.seconds_per_image, row[f"{label} PSNR"]
         axis.plot(x, y, "o", color=f"C{labels.index(label)}", label=label)
     axis.set(xscale="log", xlabel="milliseconds for an image", ylabel=f"PSNR in dB at sigma {SHOWN_SIGMA}")
+    axis.xaxis.set_major_formatter("{x:g}")  # by default powers in TeX, which util turns off
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)  # labels at the points would overlap
     figure.suptitle(title, fontsize=10)
