@@ -552,7 +552,8 @@ def evaluate(denoisers, clean, sigmas=SIGMAS, kind="white"):
         A dict for each sigma: `sigma`, then PSNR in dB and SSIM of noisy images and of each output.
     """
     if isinstance(clean, np.ndarray):
-        clean = [np.ascontiguousarray(clean[start : start + 250]) for start in range(0, len(clean), 250)]
+        starts = range(0, len(clean), util.BATCH)
+        clean = [np.ascontiguousarray(clean[start : start + util.BATCH]) for start in starts]
     table = []
     for sigma in sigmas:
         rng = np.random.default_rng(TEST_NOISE_SEED)
