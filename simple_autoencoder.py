@@ -10,7 +10,7 @@
 
 Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
 models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
-GIFs. A training of CIFAR-10 with the defaults takes 80 minutes on two CPU cores with AVX512-BF16.
+GIFs. A training of CIFAR-10 with the defaults takes 50 to 80 minutes on two CPU cores with AVX512-BF16.
 
 The encoder maps the noisy image to mean and log-variance of two Gaussian codes on a grid, one of each for
 every 2x2 pixels: z holds what the noise has left, the detail code what it has destroyed. The decoder maps
