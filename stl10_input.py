@@ -20,7 +20,6 @@ import http.client
 import os
 import queue
 import shutil
-import ssl
 import sys
 import tarfile
 import tempfile
@@ -64,7 +63,6 @@ ATTEMPTS = 5  # failures in a row, with nothing gained, before giving up
 NETWORK_FAULTS = (
     urllib.error.URLError,
     http.client.HTTPException,
-    ssl.SSLError,
     ConnectionError,
     TimeoutError,
     ValueError,  # of an address or a number that is none
@@ -117,7 +115,13 @@ def _answer(request, timeout):
 def _read(response, timeout):
     """The next CHUNK bytes, or those that come within `timeout` seconds; none at the end."""
     read, ends = b"", time.monotonic() + timeout
-    while len(read) < CHUNK and (piece := response.read1(CHUNK - len(read))):
+    while len(read) < CHUNK:
+        try:
+            piece = response.read1(CHUNK - len(read))
+        except OSError as error:
+            raise ConnectionError(error.strerror or error) from None
+        if not piece:
+            break
         read += piece
         if time.monotonic() > ends:
             if len(read) < SLOWEST * timeout:
@@ -212,7 +216,10 @@ def _download(url, path, md5, timeout, attempts, pause):
         if md5_of(path) == md5:
             return path
         print(f"{path}: incomplete or damaged, trying to complete it")
-        os.replace(path, part)
+        if part.exists() and part.stat().st_size > path.stat().st_size:
+            path.unlink()
+        else:
+            os.replace(path, part)
     by_hand = f"download it by other means and put it at {path}"
     resumed = part.exists()
     print(f"Downloading {url}" + (f", resuming at {part.stat().st_size / 1e6:,.0f} MB" if resumed else ""))
@@ -335,9 +342,7 @@ def read_labels(path=LABEL_PATH):
     """
     labels = np.frombuffer(_existing(path).read_bytes(), np.uint8)
     if labels.size == 0 or labels.min() < 1 or labels.max() > len(CLASS_NAMES):
-        raise DataError(
-            f"{path}: not a label file of STL-10 (labels are 1 to 10); delete it, run stl10_input.py"
-        )
+        raise DataError(f"{path}: not a label file of STL-10 (labels are 1 to 10); delete it and run again")
     return labels
 
 
@@ -355,9 +360,7 @@ def read_all_images(path=DATA_PATH):
     """
     size = _existing(path).stat().st_size
     if size == 0 or size % IMAGE_BYTES:
-        raise DataError(
-            f"{path}: {size:,} bytes is not a whole number of images; delete it, run stl10_input.py"
-        )
+        raise DataError(f"{path}: {size:,} bytes is not a whole number of images; delete it and run again")
     planes = np.memmap(path, np.uint8, "r").reshape(-1, DEPTH, WIDTH, HEIGHT)
     return planes.transpose(0, 3, 2, 1)
 
@@ -401,7 +404,8 @@ def save_images(images, labels, folder):
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise OSError(f"{path}: not written ({error.strerror}); make room, run again") from None
+            remedy = "make room" if error.errno in DISK_FULL else "choose another --data-dir"
+            raise OSError(f"{path}: not written ({error.strerror}); {remedy}, run again") from None
 
 
 def _existing(path):

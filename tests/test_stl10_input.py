@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import http.client
 import os
 import signal
 import subprocess
@@ -125,6 +126,26 @@ def test_truncated_file_under_the_final_name_is_completed(server, tmp_path):
     (tmp_path / "f").write_bytes(CONTENT[:2_000_000])
     assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
     assert server.sent == 1_000_000
+
+
+def test_larger_part_stays_whatever_lies_under_the_final_name(server, tmp_path):
+    (tmp_path / "f.part").write_bytes(CONTENT[:2_000_000])
+    (tmp_path / "f").write_bytes(b"<html>")
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+    assert server.sent == 1_000_000
+
+
+def test_network_that_goes_away_is_tried_again(server, tmp_path, monkeypatch, capsys):
+    read, faults = http.client.HTTPResponse.read1, [OSError(errno.EHOSTUNREACH, "No route to host")]
+
+    def fail_once(response, *size):
+        if faults:
+            raise faults.pop()
+        return read(response, *size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", fail_once)
+    assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
+    assert "No route to host; trying again" in capsys.readouterr().out
 
 
 def test_server_without_range_starts_over(server, tmp_path):
