@@ -701,7 +701,8 @@ def _usable(data, source, size):
     for split, images in data.images.items():
         if not len(images):
             raise DataError(
-                f"{source}: no image is large enough for {split} patches of {size}x{size}; lower --size"
+                f"{source}: no picture drawn for {split} gives a patch of {size}x{size}; lower --size, or "
+                "remove small and damaged pictures"
             )
     return data
 
@@ -745,9 +746,12 @@ def _load_folder(folder, data_dir, size):
     files = image_files(folder, f"--dataset is {', '.join(BUILT_IN)} or a folder of images")
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
     listing = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
-    digest = hashlib.md5(repr((os.path.realpath(folder), listing)).encode()).hexdigest()
+    place, content = (
+        hashlib.md5(repr(told).encode()).hexdigest()[:12] for told in (os.path.realpath(folder), listing)
+    )
     name = dataset_name(folder)
-    stem = f"{name}_{digest[:12]}_size{size}_v{PATCHES_VERSION}"
+    kind = f"size{size}_v{PATCHES_VERSION}"
+    stem = f"{name}_{place}_{content}_{kind}"
     class_of = classes_of(files, folder)
     classes = sorted(set(class_of.values()))
     cache = {split: data_dir / "cache" / f"{stem}_{split}.npy" for split in PATCH_SPLITS}
@@ -757,6 +761,8 @@ def _load_folder(folder, data_dir, size):
             f"Cutting {len(files):,} images of {folder} into {size}x{size} patches in {data_dir / 'cache'}",
             flush=True,
         )
+        for stale in (data_dir / "cache").glob(f"*_{place}_*_{kind}_*.npy"):  # of earlier pictures
+            stale.unlink(missing_ok=True)
         labels = [classes.index(class_of[path]) for path in files]
         _write_cuts(_cuts(map(_readable_picture, files), labels, size), size, cache, cached_labels)
     images = {split: _open_cache(path, (None, size, size, 3)) for split, path in cache.items()}
@@ -1290,8 +1296,9 @@ def main(argv=None):
         )
     print(format_table(table))
     print("classes:", ", ".join(data.class_names))
-    pixels = math.prod(data.images["train"].shape[1:])
-    sample = data.sample("train", min(1000, PCA_VALUES // pixels))  # more would take minutes
+    images = data.images["train"]
+    count = max(2, min(1000, PCA_VALUES // math.prod(images.shape[1:])))  # more would take minutes
+    sample = images[evenly(len(images), count)]
     pca = fit_pca(sample, args.energy)
     kept = f"{pca.n_components_} of {pca.n_features_in_} components keep {args.energy:.0%}"
     print(f"PCA of {len(sample):,} training images: {kept}")

@@ -350,9 +350,15 @@ def test_folder_is_split_by_picture_and_cached(folder, tmp_path, capsys):
     assert "Cutting" in capsys.readouterr().out
     load_data.load_data(str(folder), tmp_path / "data", size=32)
     assert "Cutting" not in capsys.readouterr().out
+    other = tmp_path / "data/cache/other_size32_v4_train.npy"
+    other.touch()
+    cached = {path.name for path in other.parent.iterdir()}
     iio.imwrite(folder / "dogs" / "new.png", random_images(64, 80, 3, seed=99))
     load_data.load_data(str(folder), tmp_path / "data", size=32)
     assert "Cutting" in capsys.readouterr().out
+    new = {path.name for path in other.parent.iterdir()}
+    assert len(new) == len(cached)
+    assert new & cached == {other.name}
 
 
 def test_pictures_beside_subfolders_are_a_class_and_hidden_ones_none(folder, tmp_path):
@@ -378,7 +384,9 @@ def test_folder_without_use_is_told(tmp_path):
     with pytest.raises(DataError, match="there are no images in it"):
         load_data.load_data(str(tmp_path / "empty"), tmp_path)
     iio.imwrite(tmp_path / "empty" / "small.png", random_images(20, 20, 3))
-    with pytest.raises(DataError, match="no image is large enough for .* 48x48; lower --size"):
+    with pytest.raises(
+        DataError, match="no picture drawn for train gives a patch of 48x48; lower --size, or"
+    ):
         load_data.load_data(str(tmp_path / "empty"), tmp_path / "data")
 
 
