@@ -86,7 +86,7 @@ except ImportError:  # Windows: no advisory locks, so two runs of one name are n
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
-BATCH = 250  # images computed at a time, outside training
+BATCH, BATCH_SIDE = 250, 96  # images of up to such a side that are computed at a time, outside training
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
 PART_PREFIXES = tuple(f"{part}_" for part in PARTS)  # of the names of their files
 UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
@@ -101,6 +101,7 @@ REMEDIES = (
     ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
     ((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another folder"),
     ((errno.ENOTDIR, errno.EEXIST), "a file is in the place of a folder: choose another folder"),
+    ((errno.EISDIR,), "a folder is in the place of a file: move it away and run again"),
 )
 
 
@@ -171,9 +172,10 @@ def parse_resumable(parser, train, argv, default_name):
         ModelError: there is nothing to resume, or the processes cannot join or have other options.
     """
     args = parser.parse_args(argv)
-    args.name = args.name or default_name(args)
-    if not _is_run_name(args.name):
-        parser.error(f"argument --name: {args.name} cannot be part of names of files; give another")
+    try:
+        args.name = args.name or run_name(default_name(args))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --name: {error}")
     if args.verb == "train":
         join_processes()
     if args.verb == "train" and args.resume:
@@ -230,20 +232,18 @@ def number(kind, low, high=10**9):
 
 def run_name(text):
     """Check the name of a run: letters, digits, `_` and `-`, since it becomes part of file names."""
-    if not _is_run_name(text):
-        raise ValueError(text)
+    if text in RESERVED_NAMES or text.startswith(PART_PREFIXES):
+        raise argparse.ArgumentTypeError(f"{text!r} has a meaning of its own; choose another")
+    if not re.fullmatch(r"[\w-]+", text) or len(os.fsencode(text)) > NAME_BYTES:
+        rule = f"use letters, digits, _ and -, {NAME_BYTES} bytes at most"
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of names of files; {rule}")
     return text
-
-
-def _is_run_name(text):
-    taken = text in RESERVED_NAMES or text.startswith(PART_PREFIXES)
-    return not taken and re.fullmatch(r"[\w-]+", text) and len(os.fsencode(text)) <= NAME_BYTES
 
 
 def given_path(text):
     """Path of a command line; empty, as of an unset shell variable, it would mean the current folder."""
     if not text:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError("is empty")
     return Path(text)
 
 
@@ -285,9 +285,14 @@ def fast_precision():
 
 
 def gpus():
-    """Names of this machine's NVIDIA GPUs."""
+    """Names of this machine's NVIDIA GPUs; none if TensorFlow is the backend and cannot use them."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow
+
+        if not tensorflow.config.list_physical_devices("GPU"):
+            return []
     listed = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    named = [re.search(r"Model:\s*(.+)", path.read_text())[1] for path in listed]
+    named = [name[1] for path in listed if (name := re.search(r"Model:\s*(.+)", path.read_text()))]
     return named or ["GPU"] * Path("/dev/nvidia0").exists()
 
 
@@ -316,14 +321,19 @@ def run_script(main):
             error.filename = "standard output"
         _leave(1, error_line(error))
     except Exception as error:
-        if not re.search("MemoryError|ResourceExhausted|RESOURCE_EXHAUSTED|OutOfMemory", repr(error)):
+        if not _is_out_of_memory(error):
             raise
         _leave(1, f"Not enough memory ({first_line(error)}); choose smaller numbers or pictures")
 
 
+def _is_out_of_memory(error):
+    return re.search("MemoryError|ResourceExhausted|RESOURCE_EXHAUSTED|OutOfMemory", repr(error))
+
+
 def error_line(error):
     """What an `OSError` tells the user, in one line."""
-    line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    name = error.filename2 or error.filename  # of a file that was to be renamed, its new one
+    line = f"{name}: {error.strerror}" if name else str(error)
     remedies = [remedy for numbers, remedy in REMEDIES if error.errno in numbers]
     return "; ".join([" ".join(line.split()), *remedies])
 
@@ -441,7 +451,7 @@ def _complete_draft(out, name):
 
 @contextlib.contextmanager
 def locked(out, name):
-    """Hold the name of a run, so that no second process trains under it at the same time.
+    """Hold the name of a run, so that no second process writes under it at the same time.
 
     Raises:
         ModelError: another process holds it, or the run could not be written.
@@ -513,7 +523,7 @@ def training(script, args, data, part=None):
     path = out / "logs" / f"{args.name}.json"
     if path.exists():
         saved = (_read_dict(path) or {}).get("files")
-        if saved and f"models/{_model_name(args.name, part)}.json" not in saved:
+        if isinstance(saved, dict) and f"models/{_model_name(args.name, part)}.json" not in saved:
             raise ModelError(f"{path}: of a run of another kind; choose another --name")
         print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
     keras.utils.set_random_seed(args.seed)
@@ -603,6 +613,7 @@ def read_record(out, name):
     Raises:
         ModelError: the file is not a record.
     """
+    finish_publishing(out, name)
     path = Path(out) / "logs" / f"{name}.json"
     try:
         record = _read_dict(path)
@@ -632,7 +643,12 @@ def write_record(draft, name, record):
 
 
 def describe_run(args, rows, monitor):
-    """What the record of every training run tells; `rows` and `monitor` as of `fit`."""
+    """What the record of every training run tells; `rows` and `monitor` as of `fit`.
+
+    It tells the same of the run that --start names, whose place the new one may take.
+    """
+    before = read_record(args.out, args.start) if args.start else {}
+    told = ("name", "arguments", "environment", "training_seconds", "epochs", "started_from")
     return {
         "name": args.name,
         "arguments": recorded_arguments(args),
@@ -640,11 +656,12 @@ def describe_run(args, rows, monitor):
         "training_seconds": round(sum(row["seconds"] for row in rows)),
         "epochs": len(rows),
         "best": best_row(rows, monitor),
+        "started_from": {key: before[key] for key in told if key in before} or None,
     }
 
 
 def recorded_arguments(args):
-    """The arguments of a run for its record: of a path the last part, and nothing that names this call."""
+    """The arguments of a run for its record: of paths the last part; those of the one call are left out."""
     kept = {
         key: value for key, value in vars(args).items() if key not in ("verb", "resume", "out", "data_dir")
     }
@@ -652,7 +669,7 @@ def recorded_arguments(args):
 
 
 def size_of_run(record, dataset):
-    """Side of the images that a run was trained on, if it was on this data set and not of its own size."""
+    """The --size that a run was trained with; None if on another data set, or without."""
     same = record.get("data", {}).get("name") == dataset
     return record.get("arguments", {}).get("size") if same else None
 
@@ -826,6 +843,8 @@ def load_model(out, run, part=None, precision="float32"):
         if not all(np.abs(weight).max(initial=0) < LARGEST_WEIGHT for weight in model.get_weights()):
             raise ValueError("some are huge or not numbers")
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{weights}: not the weights of {architecture} ({first_line(error)}); restore it"
         ) from None
@@ -942,6 +961,11 @@ def receptive_field(model):
     return max(reach.values())
 
 
+def at_once(images):
+    """How many of some images (N, H, W, 3) to compute at a time: of large ones fewer, in the same memory."""
+    return max(1, min(BATCH, BATCH * BATCH_SIDE**2 // math.prod(images.shape[1:3])))
+
+
 def denoise(model, noisy):
     """Denoise a batch of images of any size.
 
@@ -956,7 +980,7 @@ def denoise(model, noisy):
     step = stride(model)
     # the model wants whole cells: repeat the last row and column, and cut them off again
     padded = np.pad(noisy, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="edge")
-    denoised = model.predict(padded, batch_size=BATCH, verbose=0)[:, :height, :width]
+    denoised = model.predict(padded, batch_size=at_once(padded), verbose=0)[:, :height, :width]
     return to_uint8(denoised)
 
 
@@ -1171,6 +1195,7 @@ class Checkpoint(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.monitor = Path(folder), monitor
         self.path, self.best_path = self.folder / "checkpoint.weights.h5", self.folder / "best.weights.h5"
+        self.remedy = f"delete {self.folder} to train this stage anew"
         self.rows = []
 
     def restore(self):
@@ -1182,21 +1207,26 @@ class Checkpoint(keras.callbacks.Callback):
         Raises:
             ModelError: not a checkpoint, or one of another architecture.
         """
-        path, remedy = self.path, f"delete {self.folder} to train this stage anew"
+        path = self.path
         if not path.exists():
             return 0
         try:
             with h5py.File(path) as file:
                 rows = json.loads(file["history"].asstr()[()])
         except (OSError, KeyError, ValueError):
-            raise ModelError(f"{path}: damaged checkpoint; {remedy}") from None
+            raise ModelError(f"{path}: damaged checkpoint; {self.remedy}") from None
+        self.load(path)
+        self.rows = rows
+        return len(rows)
+
+    def load(self, path):
+        """Load one of the two weights files into the model; raises ModelError."""
         try:
             with warnings.catch_warnings(action="ignore"):  # of every layer of another model
                 self.model.load_weights(path)
         except Exception as error:
-            raise ModelError(f"{path}: does not fit this model ({first_line(error)}); {remedy}") from None
-        self.rows = rows
-        return len(rows)
+            message = f"{path}: does not fit this model ({first_line(error)}); {self.remedy}"
+            raise ModelError(message) from None
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.monotonic()
@@ -1362,8 +1392,8 @@ def _on_all_devices(model, batches, validation):
     """
     (number, count), size = processes(), batches.batch_size
     devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
-    images = len(keras.tree.flatten(validation)[0])
-    used = max(n for n in range(1, len(devices) + 1) if size % n == 0 and n <= images)
+    images = keras.tree.flatten(validation)[0]
+    used = max(n for n in range(1, len(devices) + 1) if size % n == 0 and n <= len(images))
     shapes = [(variable.path, variable.shape) for variable in model.variables]
     check_same_settings({"data or batch size": (len(batches), size), "weights": shapes})
     if count > 1 and used < len(devices):
@@ -1375,12 +1405,12 @@ def _on_all_devices(model, batches, validation):
     def share(array):
         return np.split(array[: len(array) // used * used], count)[number]
 
-    fed = {"x": batches, "validation_data": validation, "validation_batch_size": BATCH}
+    fed = {"x": batches, "validation_data": validation, "validation_batch_size": at_once(images)}
     if used == 1:
         yield fed
         return
     fed["x"], fed["validation_data"] = _Share(batches, share), keras.tree.map_structure(share, validation)
-    fed["validation_batch_size"] = max(1, BATCH // used) * used // count
+    fed["validation_batch_size"] = max(1, at_once(images) // used) * used // count
     parallel = keras.distribution.DataParallel(devices=devices[:used], auto_shard_dataset=False)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     for variable, value in zip(variables, broadcast([np.asarray(v.value) for v in variables]), strict=True):
@@ -1474,7 +1504,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
         raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
     if not processes()[0]:
-        model.load_weights(checkpoint.best_path)
+        checkpoint.load(checkpoint.best_path)
     model.set_weights(broadcast(model.get_weights()))
     return checkpoint.rows
 

@@ -133,6 +133,11 @@ def test_images_of_any_shape_are_padded_as_by_hand(stride, height, width, seed):
     np.testing.assert_allclose(denoised, util.to_uint8(whole), atol=1)
 
 
+def test_large_images_are_computed_in_the_memory_of_small_ones():
+    sides = (32, 96, 192, 2000)
+    assert [util.at_once(np.empty((1, side, side, 3), np.uint8)) for side in sides] == [250, 250, 62, 1]
+
+
 def test_stride_counts_nested_models():
     image = keras.Input((None, None, 3))
     outer = keras.Model(image, MODELS[2](keras.layers.Conv2D(3, 2, strides=2)(image)))
@@ -359,6 +364,15 @@ def test_json_that_is_no_model_is_told(saved, text):
         util.load_model(saved, "small", "autoencoder")
 
 
+def test_lack_of_memory_is_not_taken_for_damage(saved, monkeypatch):
+    def load(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(keras.Model, "load_weights", load)
+    with pytest.raises(MemoryError):
+        util.load_model(saved, "small", "autoencoder")
+
+
 def test_weights_of_another_architecture_are_told(saved):
     (saved / "logs/small.json").unlink()
     small_model().save_weights(saved / "weights/autoencoder_small.weights.h5", overwrite=True)
@@ -396,6 +410,21 @@ def test_record_keeps_the_arguments_but_no_place_of_this_machine():
     kept = {"epochs": 3, "size": None, "dataset": "/home/me/holiday"}
     args = Namespace(verb="train", out=ROOT, resume=True, data_dir="/data", **kept)
     assert util.recorded_arguments(args) == kept | {"dataset": "holiday"}
+
+
+def test_record_tells_what_the_run_started_from(tmp_path):
+    record, start = {}, None
+    for epochs in (2, 3, 4):
+        args = Namespace(out=tmp_path, name="run", start=start, epochs=epochs)
+        record = util.describe_run(args, [{"seconds": 60.4, "val_psnr": 20}] * epochs, "val_psnr")
+        with util.publishing(tmp_path, "run") as draft:
+            util.write_record(draft, "run", record)
+        start = "run"
+    assert record["training_seconds"] == 242
+    before = record["started_from"]
+    assert (before["arguments"]["epochs"], before["training_seconds"]) == (3, 181)
+    assert before["started_from"]["arguments"]["epochs"] == 2
+    assert before["started_from"]["started_from"] is None
 
 
 def test_size_of_a_run_is_that_of_its_own_data_set():
@@ -552,6 +581,21 @@ def test_loading_finishes_an_interrupted_move(saved):
     assert not complete.exists()
 
 
+def test_record_is_that_of_the_finished_run_after_an_interrupted_move(saved):
+    save_run(saved / "elsewhere", seed=1)
+    os.rename(saved / "elsewhere", saved / "logs/.small.complete")
+    assert util.read_record(saved, "small")["seed"] == 1
+    util.load_model(saved, "small", "autoencoder")
+
+
+def test_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "figure.png").mkdir()
+    with pytest.raises(OSError) as failure, util.atomic(tmp_path / "figure.png") as path:
+        path.touch()
+    remedy = "a folder is in the place of a file: move it away and run again"
+    assert util.error_line(failure.value) == f"{tmp_path}/figure.png: Is a directory; {remedy}"
+
+
 HOLD = "import sys, util\nwith util.locked(sys.argv[1], 'run'): print('held', flush=True); input()"
 
 
@@ -666,6 +710,9 @@ def test_checkpoint_faults_are_told(tmp_path, recwarn):
         checkpoint.path.write_bytes(content)
         with pytest.raises(ModelError, match="damaged checkpoint; delete .* to train this stage anew"):
             checkpoint.restore()
+    checkpoint.best_path.write_bytes(b"no HDF5")
+    with pytest.raises(ModelError, match="best.weights.h5: does not fit this model .*; delete .* to train"):
+        checkpoint.load(checkpoint.best_path)
     with h5py.File(checkpoint.path, "w") as file:
         file["history"] = json.dumps([])
     with pytest.raises(ModelError, match="does not fit this model"):
@@ -901,9 +948,9 @@ def test_table_is_markdown():
     ]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../a", "a.b", "a b"])
+@pytest.mark.parametrize("name", ["", "a/b", "../a", "a.b", "a b", "noisy", "encoder_a"])
 def test_run_names_stay_inside_their_folders(name):
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match="use letters, digits|has a meaning of its own"):
         util.run_name(name)
 
 
