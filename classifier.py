@@ -118,8 +118,8 @@ def build_classifier(shape, classes, widths=WIDTHS, of_features=False):
 class LabelledBatches(Batches):
     """Feed a classifier with clean images, shifted, mirrored, zoomed or cut out of, and with one-hot labels.
 
-    Mirroring alternates: what one epoch mirrors, the next one does not, so that any two epochs show each
-    image both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
+    Mirroring alternates: what one epoch mirrors, the next one does not, so that two epochs show each image
+    both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
 
     Args:
         images: uint8 array (N, H, W, 3), or a float array (N, h, w, c) of feature maps, fed as they are.
@@ -438,6 +438,8 @@ def load_fitting(args, data, represent):
     model = util.load_model(args.out, args.name)
     record = util.read_record(args.out, args.name)
     path = args.out / "logs" / f"{args.name}.json"
+    if not record:
+        raise util.ModelError(f"{path}: not found; restore it or train {args.name} again")
     if record.get("class_names") != list(data.class_names):
         raise util.ModelError(
             f"{path}: not a classifier of the classes of {data.name}; choose another --name"

@@ -4,6 +4,7 @@ import KNN
 import util
 from load_data import Data
 
+import h5py
 import numpy as np
 import pytest
 from conftest import (
@@ -123,6 +124,13 @@ def test_images_nearest_to_each_centroid_are_shown(compared, photographs):
     for index, image in enumerate(pixels_of(figure)):
         places = np.flatnonzero((train == image).all(axis=(1, 2, 3)))
         assert index // 4 in labels[places]
+    centroids = np.load(compared.out / f"models/kmeans_knn_photos_{NAME}_centroids.npy")
+    with h5py.File(compared.out / f"feature_maps/{NAME}_train_pool4.h5") as file:
+        points = file["features"][:].reshape(len(train), -1)
+    for cluster, centroid in enumerate(centroids):
+        nearest = np.linalg.norm(points - centroid, axis=1).argsort()[:4]
+        shown = pixels_of(figure)[4 * cluster : 4 * cluster + 4]
+        np.testing.assert_array_equal(shown, train[nearest])
 
 
 def test_second_run_uses_the_feature_maps_and_gives_the_same(compared, tmp_path):
@@ -142,6 +150,7 @@ def test_second_run_uses_the_feature_maps_and_gives_the_same(compared, tmp_path)
     ("arguments", "told"),
     [
         (["--encoders=simple_stl10"], f"autoencoder_simple_stl10.json: not found; there is {NAME}"),
+        (["--encoders", "simple_stl10", NAME], f"encoder_simple_stl10.json: not found; there is {NAME}"),
         (["--limit=2"], "photos: fewer training images than --clusters 3; lower it"),
         (["--limit=20"], "photos: its training images are all of one class; raise --limit"),
     ],

@@ -298,7 +298,11 @@ def test_what_does_not_fit_is_told(copied):
     weights.write_bytes(whole[:-100])
     assert f"{weights}: not the file that" in told_line(printed_by, classifier, *evaluate)
     weights.write_bytes(whole)
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"class_names": ["ship", "truck"]}))
+    written = record.read_text()
+    record.unlink()
+    line = told_line(printed_by, classifier, *evaluate)
+    assert line == f"{record}: not found; restore it or train {CLASSIFIER} again"
+    record.write_text(json.dumps(json.loads(written) | {"class_names": ["ship", "truck"]}))
     line = told_line(printed_by, classifier, *evaluate)
     assert line == f"{record}: not a classifier of the classes of photos; choose another --name"
 
