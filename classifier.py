@@ -256,7 +256,8 @@ def train(args, data, inputs):
         inputs: Training and validation inputs by split.
 
     Returns:
-        Trained classifier, float32 and uncompiled, and the metrics, a dict for each epoch.
+        Trained classifier, float32 and uncompiled, the metrics, a dict for each epoch, and accuracy and loss
+        on the validation split.
     """
     classes, shape = len(data.class_names), inputs["train"].shape[1:]
     if min(shape[:2]) < 2 ** (len(WIDTHS) - bool(args.features)):  # which pooling would make empty
@@ -276,9 +277,9 @@ def train(args, data, inputs):
         weights.append(model.get_weights())
     if args.rounds > 1:
         average_weights(model, weights, feed(seed=args.seed + args.rounds))
-        loss, share = model.evaluate(*validation, verbose=0)
-        print(f"Validation, with the mean of the rounds' weights: accuracy {share:.4f}, loss {loss:.4f}")
-    return util.portable_copy(model), rows
+    loss, share = model.evaluate(*validation, verbose=0)
+    print(f"Validation, with the mean of the rounds' weights: accuracy {share:.4f}, loss {loss:.4f}")
+    return util.portable_copy(model), rows, {"accuracy": share, "loss": loss}
 
 
 def encoder_checksum(args):
@@ -456,7 +457,7 @@ def load_fitting(args, data, represent):
     return model
 
 
-def write_run(args, model, rows, denoisers, data, represent):
+def write_run(args, model, rows, validation, denoisers, data, represent):
     """Write everything that a training run leaves behind, all at once."""
     with util.publishing(args.out, args.name) as draft:
         util.save_model(draft, model, args.name)
@@ -468,6 +469,7 @@ def write_run(args, model, rows, denoisers, data, represent):
         record |= {"encoder_sha256": encoder_checksum(args)}
         rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]
         record["best"] = [util.best_row(epochs, MONITOR) for epochs in rounds]
+        record["validation"] = validation
         results = evaluate(draft, args, model, denoisers, data, represent)
         util.write_record(draft, args.name, record | results)
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")
@@ -558,8 +560,8 @@ def main(argv=None):
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     check_labelled(data, args.dataset, args.limit)
     with util.training(__file__, args, data.checksums):
-        model, rows = train(args, data, training_inputs(args, data))
-        write_run(args, model, rows, denoisers, data, represent)
+        trained = train(args, data, training_inputs(args, data))
+        write_run(args, *trained, denoisers, data, represent)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from util import (
     gpus,
     number,
     progress,
-    psnr,
+    psnr_captions,
     rows_figure,
     run_script,
     save_figure,
@@ -1275,7 +1275,7 @@ def show_samples(data, path):
     rows = [("clean", clean, None)]
     for sigma in SIGMAS:
         noisy = to_uint8(add_noise(clean, sigma))
-        rows.append((f"sigma {sigma}", noisy, [f"{value:.1f} dB" for value in psnr(clean, noisy)]))
+        rows.append((f"sigma {sigma}", noisy, psnr_captions(clean, noisy)))
     save_figure(rows_figure(rows, f"{data.name}: test images and the noise added to them"), path)
 
 

@@ -93,8 +93,9 @@ UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left be
 RESERVED_NAMES = ("sigma", "clean", "noisy", "pixels", "PCA")  # beside runs in tables and figures
 LARGEST_WEIGHT = 1e6  # of a saved model
 NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
-# arguments that may change when a run is resumed, beside numbers of epochs
-CHANGEABLE = ("verb", "out", "resume", "data_dir", "precision", "learning_rate", "denoisers")
+OF_THE_CALL = ("verb", "resume", "out", "data_dir")  # arguments that tell nothing of the run
+# those that may change when a run is resumed, beside numbers of epochs
+CHANGEABLE = (*OF_THE_CALL, "precision", "learning_rate", "denoisers")
 DRAWS_SEED = 0  # of the codes of pictures
 TILE, SAMPLING_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
 REMEDIES = (
@@ -662,9 +663,7 @@ def describe_run(args, rows, monitor):
 
 def recorded_arguments(args):
     """The arguments of a run for its record: of paths the last part; those of the one call are left out."""
-    kept = {
-        key: value for key, value in vars(args).items() if key not in ("verb", "resume", "out", "data_dir")
-    }
+    kept = {key: value for key, value in vars(args).items() if key not in OF_THE_CALL}
     return {key: Path(value).name if os.path.isabs(str(value)) else value for key, value in kept.items()}
 
 
@@ -871,7 +870,7 @@ def _check_size(path, parameters):
     with h5py.File(path) as file:
         file.visititems(lambda _, item: declared.append(getattr(item, "nbytes", 0)))
     if max(declared[0], sum(declared[1:])) > 2 * path.stat().st_size:  # weights hardly pack
-        keras.utils.clear_session()  # which would make room for the model later
+        keras.utils.clear_session()  # drops the initializers that wait to make the weights
         raise ValueError("too small for what is declared")
 
 
@@ -1145,6 +1144,11 @@ def psnr(clean, denoised):
     error = np.square(clean.astype(np.float32) - denoised.astype(np.float32))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / error.mean(axis=(1, 2, 3), dtype=np.float64))
+
+
+def psnr_captions(clean, denoised):
+    """PSNR of each image as a caption for `rows_figure`."""
+    return [f"{value:.1f} dB" for value in psnr(clean, denoised)]
 
 
 def ssim(clean, denoised):

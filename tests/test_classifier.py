@@ -185,6 +185,14 @@ def test_run_prints_and_writes_its_results(classified):
     assert [row["val_loss"] for row in record["best"]] == best
 
 
+def test_record_tells_the_validation_of_the_saved_model(classified, photographs):
+    images, labels = photographs.images["validation"], photographs.labels["validation"]
+    predicted = util.load_model(classified.out, CLASSIFIER).predict(util.to_float(images), verbose=0)
+    validation = util.read_record(classified.out, CLASSIFIER)["validation"]
+    assert validation["accuracy"] == pytest.approx(np.mean(predicted.argmax(axis=1) == labels), abs=1e-6)
+    assert f"accuracy {validation['accuracy']:.4f}, loss {validation['loss']:.4f}" in classified.printed
+
+
 def test_figures_show_what_was_measured(classified):
     shown = {(row["sigma"], row["images"]): row["accuracy"] for row in evaluation_of(classified.out)}
     kinds = ("clean_confusion", "noisy_confusion", "denoised_confusion", "sigma", "history")
@@ -326,7 +334,7 @@ def test_wrong_usage_is_told(argument):
 
 def test_default_name_that_is_too_long_is_refused():
     arguments = [f"--dataset=/{'p' * 60}", f"--features=simple_{'p' * 60}"]
-    assert "argument --name: classifier_ppp" in usage_error(classifier.parse_args, arguments)
+    assert "argument --name: 'classifier_ppp" in usage_error(classifier.parse_args, arguments)
 
 
 def test_feature_maps_of_three_channels_are_no_images():
