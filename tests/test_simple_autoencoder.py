@@ -233,14 +233,35 @@ def test_draws_of_a_deviation_of_their_own_are_found_to_have_it(factor, share, e
 
 
 def test_central_interval_is_one_of_quantiles_whatever_the_distribution():
-    ranks = {"rank": np.arange(5)}  # of 4 draws
+    ranks = np.arange(5)  # of 4 draws
     np.testing.assert_allclose(simple.covered(ranks, 4, 0.6), [0, 1, 1, 1, 0])
     np.testing.assert_allclose(simple.covered(ranks, 4, 0.5), [0, 0.75, 1, 0.75, 0])
     rng = np.random.default_rng(0)
     clean, draws = rng.laplace(size=(40, 32, 32, 3)), rng.laplace(size=(64, 40, 32, 32, 3))
     compared = simple.compare_draws(clean, draws.astype(np.float32))
     for share in simple.INTERVALS:
-        assert simple.covered(compared, 64, share).mean() == pytest.approx(share, abs=0.01)
+        assert simple.covered(compared["rank"], 64, share).mean() == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("deviations", [(1, 1), (0.2, 3)])
+def test_every_tenth_of_exact_draws_holds_its_share(deviations):
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(*deviations, size=(40, 32, 32, 3))
+    clean, draws = scale * rng.normal(size=scale.shape), scale * rng.normal(size=(64, *scale.shape))
+    tenths = simple.covered_by_tenth(simple.compare_draws(clean, draws.astype(np.float32)), 64)
+    assert len(tenths) == 10
+    np.testing.assert_allclose(tenths, 0.9, atol=0.012)
+
+
+def test_tenths_tell_where_the_draws_deviate_too_little():
+    rng = np.random.default_rng(0)
+    scale = np.geomspace(1, 10, 10).repeat(40)[:, None, None, None] * np.ones((1, 16, 16, 3))
+    clean, draws = scale * rng.normal(size=scale.shape), scale * rng.normal(size=(64, *scale.shape))
+    clean[:40] *= 2
+    clean[-40:] /= 2
+    tenths = simple.covered_by_tenth(simple.compare_draws(clean, draws.astype(np.float32)), 64)
+    assert tenths[0] < 0.75 and tenths[-1] > 0.97
+    np.testing.assert_allclose(tenths[2:-2], 0.9, atol=0.02)
 
 
 def test_draws_are_calibrated_by_one_number():
@@ -264,7 +285,7 @@ def test_draws_of_a_single_image_are_measured():
     clean, args = random_images(1, 14, 14, 3), Namespace(sigma=(0, 40), noise={"white": 1.0})
     assert 0 < simple.calibrate(encoder, decoder, clean, args) < np.inf
     measured = simple.measure_posterior(encoder, decoder, clean, 25, samples=4)
-    assert all(0 <= row["worst tenth"] <= 1 for row in simple.calibration_rows(measured, 25))
+    assert simple.calibration_rows(measured, 25)[0]["block"] == "1x1"
     assert simple.quality_row(measured, 25)["correlation"] is None
 
 
@@ -1046,6 +1067,29 @@ def test_pictures_of_a_folder_are_measured_by_the_protocol(test_set, tmp_path):
     saved = iio.imread(tmp_path / "saved/inside/b_white_15.png")
     expected = add_noise(iio.imread(clean / "inside/b.png")[None], 15)[0]
     np.testing.assert_array_equal(saved, util.to_uint8(expected))
+
+
+def test_expected_errors_of_a_picture_are_those_of_the_draws(test_set):
+    clean, out = test_set
+    picture = iio.imread(clean / "a.png")
+    models = [util.load_model(out, NAME, part) for part in ("autoencoder", "encoder", "decoder")]
+    noisy = add_noise(picture[None], 25)[0]
+    row, denoised = simple.picture_row(picture, noisy, models, 4)
+    _, errors = util.denoise_picture(models[0], noisy, posterior=models[1:], samples=4)
+    mean_square = np.mean(errors.astype(np.float64) ** 2)
+    assert row["expected PSNR"] == pytest.approx(10 * np.log10(255**2 / mean_square), abs=0.01)
+    within = np.abs(picture - denoised.astype(float)) <= 1.645 * errors[..., None].astype(float)
+    assert row["below 1.645 expected errors"] == pytest.approx(within.mean(), abs=1e-3)
+    assert 0 < within.mean() < 1
+
+
+def test_fault_of_a_picture_is_told_before_others_are_measured(test_set, capsys):
+    clean, out = test_set
+    iio.imwrite(clean / "z.png", random_images(11, 40, 3))
+    arguments = ["evaluate", "--pictures", clean, "--name", NAME, "--out", out]
+    line = told_line(simple.main, [str(argument) for argument in arguments])
+    assert line == f"{clean}/z.png: smaller than 12x12 pixels; remove it"
+    assert capsys.readouterr().out == ""
 
 
 def test_white_noise_is_one_for_all_pictures_and_every_picture_has_its_own_camera(tmp_path):
