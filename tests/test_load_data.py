@@ -8,6 +8,7 @@ import sys
 
 import load_data
 import stl10_input
+import util
 from load_data import Batches, DataError, add_noise, read_cifar10_batch, read_picture
 from stl10_input import IMAGE_BYTES
 
@@ -502,7 +503,7 @@ def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypat
     np.testing.assert_array_equal(shown[:columns], clean)
     noisy = load_data.to_uint8(add_noise(clean, 15))
     np.testing.assert_array_equal(shown[columns : 2 * columns], noisy)
-    assert labels[columns][1] == f"{load_data.psnr(clean, noisy)[0]:.1f} dB"
+    assert labels[columns][1] == f"{util.psnr(clean, noisy)[0]:.1f} dB"
 
 
 PIXELS = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), np.uint16)
