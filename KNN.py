@@ -306,7 +306,7 @@ def main(argv=None):
     args.encoders = args.encoders or saved or [f"simple_{dataset}"]
     args.denoiser = args.denoiser or args.encoders[-1]
     denoiser = util.load_model(args.out, args.denoiser, "autoencoder")
-    for run in args.encoders:  # before the work
+    for run in args.encoders:  # a missing one is told before the work
         util.load_model(args.out, run, "encoder")
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     count = len(data.images["test"])

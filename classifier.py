@@ -278,7 +278,7 @@ def train(args, data, inputs):
     if args.rounds > 1:
         average_weights(model, weights, feed(seed=args.seed + args.rounds))
     loss, share = model.evaluate(*validation, verbose=0)
-    print(f"Validation, with the mean of the rounds' weights: accuracy {share:.4f}, loss {loss:.4f}")
+    print(f"Validation, with the weights that are saved: accuracy {share:.4f}, loss {loss:.4f}")
     return util.portable_copy(model), rows, {"accuracy": share, "loss": loss}
 
 
