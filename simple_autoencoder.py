@@ -674,8 +674,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
         `expected` PSNR of the posterior mean, from what draws differ from it; `samples` is the number.
     """
     rng = np.random.default_rng(TEST_NOISE_SEED)
-    parts, pixels = [], clean.shape[1] * clean.shape[2]
-    at_once = max(1, min(at_once, at_once * 48**2 // pixels))  # draws of larger images take gigabytes
+    parts, at_once = [], util.at_once(clean, at_once, 48)  # draws of larger images take gigabytes
     for start in range(0, len(clean), at_once):
         images = clean[start : start + at_once]
         noisy = add_noise(images, sigma, rng)

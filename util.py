@@ -960,9 +960,9 @@ def receptive_field(model):
     return max(reach.values())
 
 
-def at_once(images):
-    """How many of some images (N, H, W, 3) to compute at a time: of large ones fewer, in the same memory."""
-    return max(1, min(BATCH, BATCH * BATCH_SIDE**2 // math.prod(images.shape[1:3])))
+def at_once(images, count=BATCH, side=BATCH_SIDE):
+    """How many images (N, H, W, 3) to compute at a time: `count` of up to this side, of larger ones fewer."""
+    return max(1, min(count, count * side**2 // math.prod(images.shape[1:3])))
 
 
 def denoise(model, noisy):
