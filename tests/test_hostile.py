@@ -112,11 +112,11 @@ def test_picture_that_fails_for_any_reason_does_not_stop_the_others(trained, tmp
     os.mkfifo(tmp_path / "b.png")
     denoise_picture = util.denoise_picture
 
-    def without_memory(model, pixels, *options):
+    def without_memory(model, pixels, *options, **named):
         if pixels.shape == COLOURS.shape and not list((tmp_path / "out").iterdir()):
             (tmp_path / "out/other").touch()
             np.empty(2**47)
-        return denoise_picture(model, pixels, *options)
+        return denoise_picture(model, pixels, *options, **named)
 
     monkeypatch.setattr(util, "denoise_picture", without_memory)
     sources = [tmp_path / name for name in ("a.jpg", "b.png", "c.webp", "d.png", "e.png")]
@@ -166,9 +166,9 @@ def test_picture_that_another_process_has_written_meanwhile_stays(trained, tmp_p
     (tmp_path / "out").mkdir()
     denoise_picture = util.denoise_picture
 
-    def outrun(*arguments):
+    def outrun(*arguments, **named):
         (tmp_path / "out/a.png").write_text("mine")
-        return denoise_picture(*arguments)
+        return denoise_picture(*arguments, **named)
 
     monkeypatch.setattr(util, "denoise_picture", outrun)
     (told,) = denoise(trained, tmp_path / "a.png", to=tmp_path / "out")

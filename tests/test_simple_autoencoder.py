@@ -857,6 +857,20 @@ def test_denoise_writes_what_it_can_and_names_the_rest(trained, tmp_path, capsys
     assert (target / "b.jpg").read_bytes() == before
 
 
+def test_self_ensemble_denoises_and_is_measured(trained, test_set, tmp_path):
+    clean, out = test_set
+    model = util.load_model(out, NAME, "autoencoder")
+    picture = iio.imread(clean / "a.png")
+    denoise(trained, clean / "a.png", tmp_path / "denoised.png", "--self-ensemble")
+    expected, _ = util.denoise_picture(model, picture, ensemble=True)
+    np.testing.assert_array_equal(iio.imread(tmp_path / "denoised.png"), expected)
+    assert (expected != util.denoise_picture(model, picture)[0]).any()
+    arguments = ["evaluate", "--pictures", clean, "--noisy", clean, "--self-ensemble"]
+    printed = printed_by(simple, *arguments, "--name", NAME, "--out", out)
+    row = next(line for line in printed.splitlines() if "| a |" in " ".join(line.split()))
+    assert float(row.split("|")[4]) == pytest.approx(util.psnr(picture[None], expected[None])[0], abs=0.006)
+
+
 def test_denoise_never_overwrites_its_input(trained, tmp_path, capsys):
     path = tmp_path / "a.png"
     iio.imwrite(path, random_images(8, 8, 3))
@@ -1139,6 +1153,7 @@ def test_real_pairs_are_measured_by_their_names(test_set, tmp_path):
         (["--noise", "pink"], "invalid choice: 'pink'"),
         (["--noisy", "x"], "argument --noisy: of --pictures only"),
         (["--noise", "camera"], "argument --noise: of --pictures only"),
+        (["--self-ensemble"], "argument --self-ensemble: of --pictures only"),
         (["--samples", "-1"], "-1 is not from 0"),
         (["--pictures", "x", "--images", "5"], "argument --images: not with --pictures"),
         (["--pictures", "x", "--noisy", "y", "--noise", "grey"], "argument --noise: not with --noisy"),

@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import json
 import os
 import re
@@ -208,6 +209,19 @@ def test_picture_of_any_size_is_denoised_as_a_whole(stride, height, width, cells
         np.testing.assert_allclose(result / peak, expected, atol=0.51 / 255 if dtype == np.uint8 else 1e-4)
     if s == 0:
         np.testing.assert_array_equal(result, picture)
+
+
+@pytest.mark.parametrize("tile", [8, None])
+def test_self_ensemble_is_the_mean_over_quarter_turns_of_the_picture_and_its_mirror_image(tile):
+    picture = random_images(20, 28, 3)
+    outputs = []
+    for quarters, mirrored in itertools.product(range(4), (1, -1)):
+        turned = np.rot90(picture, quarters)[:, ::mirrored] / np.float32(255)
+        output = np.asarray(MODELS[2](turned[None]))[0]
+        outputs.append(np.rot90(output[:, ::mirrored], -quarters))
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.1  # to this model the position makes a difference
+    result, _ = util.denoise_picture(MODELS[2], picture, tile=tile, ensemble=True)
+    np.testing.assert_allclose(result, 255 * np.clip(np.mean(outputs, axis=0), 0, 1), atol=0.51)
 
 
 @pytest.mark.parametrize("levels", [1, 2])
