@@ -74,16 +74,25 @@ class DataError(OSError):
     """A data file that is missing, damaged or cannot be fetched; the message names file and remedy."""
 
 
-def _progress(done, total, started):
-    """Draw one line of download progress; on a terminal it overwrites itself, elsewhere every tenth shows."""
-    rate = done / max(time.monotonic() - started, 1e-6) / 1e6
+def _progress(before, done, total, rate):
+    """Tell how far a download is: a line that overwrites itself on a terminal, elsewhere one every tenth.
+
+    Args:
+        before, done: Bytes before and after the last piece.
+        total: Bytes of the file; 0 if the server does not say, and then a line comes every 100 MB.
+        rate: MB/s.
+    """
     share = f"{done / total:4.0%} of {total / 1e6:,.0f} MB" if total else f"{done / 1e6:,.0f} MB"
     if sys.stdout.isatty():
         bar = "=" * int(30 * done / total) if total else ""
         end = "\n" if done == total else ""
         print(f"\r  [{bar:<30}] {share}, {rate:.1f} MB/s ", end=end, flush=True)
-    elif not total or done * 10 // total != (done - CHUNK) * 10 // total:
-        print(f"  {share}, {rate:.1f} MB/s", flush=True)
+    else:
+        lines_before, lines = (
+            10 * have // total if total else have // 100_000_000 for have in (before, done)
+        )
+        if lines > lines_before:
+            print(f"  {share}, {rate:.1f} MB/s", flush=True)
 
 
 def md5_of(path):
@@ -150,12 +159,13 @@ def _receive(url, part, timeout):
         have = have if resumed else 0
         length = response.headers.get("Content-Length", "")
         total = have + int(length) if length.isdecimal() else 0
-        started = time.monotonic()
+        first, started = have, time.monotonic()
         with open(part, "ab" if resumed else "wb") as file:
             while chunk := _read(response, timeout):
                 file.write(chunk)
                 have += len(chunk)
-                _progress(have, total, started)
+                rate = (have - first) / max(time.monotonic() - started, 1e-6) / 1e6
+                _progress(have - len(chunk), have, total, rate)
                 if have > LARGEST:
                     part.unlink()
                     raise DataError(f"{url}: the server sends more than {LARGEST:,} bytes")
@@ -174,7 +184,7 @@ def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
         url: Address of the file.
         path: Where to put it.
         md5: Expected MD5, hexadecimal.
-        timeout: Seconds without a byte before an attempt counts as failed.
+        timeout: Seconds without a byte, or with fewer than SLOWEST each, before an attempt counts as failed.
         attempts: Attempts in a row, none of which brought a byte, before giving up.
         pause: Seconds before the second attempt, doubled for each later one.
 

@@ -103,6 +103,15 @@ def test_download(server, tmp_path, capsys):
     assert server.sent == len(CONTENT)  # the second call verified what was there
 
 
+@pytest.mark.parametrize(("total", "lines"), [(640_000_000, 10), (0, 6)])
+def test_progress_without_a_terminal_is_a_line_every_tenth_or_100_mb(total, lines, capsys):
+    for before in range(0, 640_000_000, 1_000_000):
+        stl10_input._progress(before, before + 1_000_000, total, 12.3)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == lines
+    assert all(line.endswith(" MB, 12.3 MB/s") for line in printed)
+
+
 def test_dropped_connection_is_resumed(server, tmp_path):
     server.faults = ["drop", "drop"]
     assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
