@@ -60,7 +60,7 @@ MONITOR = "val_loss"  # the accuracy of 1,000 images tells the best epoch by cha
 # what is measured and shown
 SHOWN_SIGMA = 25  # of the confusion matrices
 CONFUSED_PAIRS = 5
-CHUNK = 500  # images computed at a time
+CHUNK = 500  # images of up to util.BATCH_SIDE that are computed at a time
 
 
 def whitening(images):
@@ -234,7 +234,8 @@ def train_round(model, batches, validation, args, number, epochs_before):
     Returns:
         The metrics, a dict for each epoch.
     """
-    epochs = args.epochs * number // args.rounds - args.epochs * (number - 1) // args.rounds
+    first, end = (args.epochs * done // args.rounds for done in (number - 1, number))
+    epochs = end - first
     rate = args.learning_rate * (1 if number == 1 else LATER_ROUNDS_RATE)
     model.compile(
         optimizer=build_optimizer(rate, epochs * len(batches)),
@@ -318,8 +319,9 @@ def training_inputs(args, data):
 
 def predict(model, images, represent):
     """The most probable class of each image, int64 (N,)."""
-    starts = range(0, len(images), CHUNK)
-    chunks = [model.predict_on_batch(represent(images[start : start + CHUNK])) for start in starts]
+    count = util.at_once(images, CHUNK)
+    starts = range(0, len(images), count)
+    chunks = [model.predict_on_batch(represent(images[start : start + count])) for start in starts]
     return np.concatenate(chunks).argmax(axis=1)
 
 
@@ -427,7 +429,7 @@ def evaluate(draft, args, model, denoisers, data, represent):
         {"sigma": sigma, "images": kind, "accuracy": share, "low": low, "high": high}
         for (sigma, kind), (share, low, high) in measured.items()
     ]
-    return {"evaluation": {f"{data.name}, {count} images": results}}
+    return {f"{data.name}, {count} images": results}
 
 
 def load_fitting(args, data, represent):
@@ -464,14 +466,14 @@ def write_run(args, model, rows, validation, denoisers, data, represent):
         util.write_csv(draft / f"logs/{args.name}.csv", rows)
         history = util.history_figure(rows, ("loss", "accuracy"), args.name)
         util.save_figures(draft, args.name, {"history": history})
-        record = util.describe_run(args, rows, MONITOR) | data.described
+        record = util.describe_run(args, rows) | data.described
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
         record |= {"encoder_sha256": encoder_checksum(args)}
         rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]
         record["best"] = [util.best_row(epochs, MONITOR) for epochs in rounds]
         record["validation"] = validation
-        results = evaluate(draft, args, model, denoisers, data, represent)
-        util.write_record(draft, args.name, record | results)
+        record["evaluation"] = evaluate(draft, args, model, denoisers, data, represent)
+        util.write_record(draft, args.name, record)
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")
 
 
@@ -486,9 +488,8 @@ def evaluate_saved(args, data, denoisers, represent):
         model = load_fitting(args, data, represent)
         record = util.read_record(args.out, args.name)
         with util.publishing(args.out, args.name) as draft:
-            results = evaluate(draft, args, model, denoisers, data, represent)["evaluation"]
             evaluations = record.get("evaluation", {})
-            for key, rows in results.items():
+            for key, rows in evaluate(draft, args, model, denoisers, data, represent).items():
                 evaluations[key] = replaced(evaluations.get(key, []), rows)
             util.write_record(draft, args.name, record | {"evaluation": evaluations})
 

@@ -5,8 +5,12 @@
     python load_data.py --dataset stl10        # STL-10 (2.64 GB download), 48x48
     python load_data.py --dataset my_pictures/ # patches of your own images
 
-Prints a table of the splits and writes `figures/data_DATASET.png`: clean samples and the same with noise
-of several sigmas. The training scripts call `load_data` and `Batches` from here.
+Prints the splits, the classes and how many PCA components keep --energy of the variance, and writes
+`figures/data_DATASET.png`: clean samples and the same with noise of several sigmas. The training scripts
+call `load_data` and `Batches` from here.
+
+From top to bottom: data sets; picture files; patches of pictures; kinds of noise; feeding a training; the
+command line.
 """
 
 import argparse
@@ -82,7 +86,7 @@ STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder, about
-SHRINKING = (2, 4)  # patches to learn from are cut from half and a quarter of the size, too
+SHRINKING = (2, 4)  # training and validation patches are cut from 1/2 and 1/4 of the size, too
 FEWEST_TO_HOLD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
 MAX_JPEG_EXIF = 65_533  # bytes
 SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
@@ -96,26 +100,29 @@ RESIZED_VERSION, PATCHES_VERSION = 1, 4  # of the caches
 AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
 # kinds of noise
-JPEG_QUALITY, JPEG_QUALITIES = 90, (60, 100)  # of the protocol, of training
+TEST_JPEG_QUALITY, TRAINING_JPEG_QUALITIES = 90, (60, 100)
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in JPEG
 CORRELATED_RADII = (0.4, 2)  # of Gaussian filters, in pixels
 CAMERA_SIGMA = (5, 25)  # of training: 3 to 15 grey levels are left
-GRAIN = (0.5, 3)  # grey levels in its calmest part: with less a training image is clean, with more texture
+GRAIN = (0.5, 3)  # grey levels in an image's calmest 8x8 pixels: with less it is clean, with more texture
 NOISELESS = 0.06  # share of camera noise that has strength zero, so that texture is not taken for noise
 
 # simulated cameras: with these ranges their noise resembles that of pairs of real photographs
 MID_GREY, MID_GREY_SLOPE = 0.214, 1.08  # linear light of sRGB's 1/2, and the slope of sRGB there
-COLOUR_MATRIX = (0.2, 0.8)  # that it raises the saturation by
+COLOUR_MATRIX = (0.2, 0.8)  # how much it raises the saturation
 SMOOTHED_LUMA, SMOOTHED_COLOUR, SHARPENING_RADIUS = (0.4, 1.2), (1.5, 4), 1  # pixels
 EDGE = 3  # grey levels from pixel to pixel
 TONE_CURVE_SHARE, SHARPENED_SHARE, JPEG_SHARE = 0.7, 0.3, 0.7
-# at red or blue: green; beside red or blue in its row, beside it in its column, diagonal to it: that colour
-DEMOSAICING = (
+DEMOSAICING = (  # sixteenths
+    # cross: green at a red or blue pixel
     [[0, 0, -2, 0, 0], [0, 0, 4, 0, 0], [-2, 4, 8, 4, -2], [0, 0, 4, 0, 0], [0, 0, -2, 0, 0]],
+    # along: red or blue at a green pixel whose row has that colour
     [[0, 0, 1, 0, 0], [0, -2, 0, -2, 0], [-2, 8, 10, 8, -2], [0, -2, 0, -2, 0], [0, 0, 1, 0, 0]],
+    # across: red or blue at a green pixel whose column has that colour
     [[0, 0, -2, 0, 0], [0, -2, 8, -2, 0], [1, 0, 10, 0, 1], [0, -2, 8, -2, 0], [0, 0, -2, 0, 0]],
+    # diagonal: red at a blue pixel, blue at a red one
     [[0, 0, -3, 0, 0], [0, 4, 0, 4, 0], [-3, 0, 12, 0, -3], [0, 4, 0, 4, 0], [0, 0, -3, 0, 0]],
-)  # sixteenths
+)
 
 
 @dataclass
@@ -127,7 +134,7 @@ class Data:
     images: dict
     labels: dict
     class_names: tuple
-    checksums: dict  # MD5 of the files it came from, or of their names and sizes, for the run record
+    checksums: dict  # for the run record: MD5 of each file or its pixels, or one of all names and sizes
 
     @property
     def described(self):
@@ -211,16 +218,6 @@ def check_labelled(data, dataset, limit=None):
         raise DataError(f"{dataset}: its training images are all of one class; {remedy}")
 
 
-def absolute_path(text):
-    """Absolute path of what a command line names, so that --resume finds it from any folder."""
-    return str(given_path(text).resolve())
-
-
-def dataset_or_folder(text):
-    """Value of --dataset: the name of a built-in data set, or the absolute path of a folder."""
-    return text if text in BUILT_IN else absolute_path(text)
-
-
 def dataset_name(dataset):
     """Name of a data set in the names of runs; that of a folder is its last part."""
     if dataset in BUILT_IN:
@@ -241,15 +238,12 @@ def read_cifar10_batch(path, md5):
         uint8 images (N, 32, 32, 3) and int64 labels (N,) from 0 to 9.
 
     Raises:
-        DataError: missing file or wrong checksum.
+        OSError: it cannot be read.
+        DataError: wrong checksum.
     """
-    path = Path(path)
-    remedy = "delete it and run again to download it"
-    if not path.is_file():
-        raise DataError(f"{path}: not found; {remedy}")
-    raw = path.read_bytes()
+    raw = Path(path).read_bytes()
     if hashlib.md5(raw).hexdigest() != md5:
-        raise DataError(f"{path}: wrong MD5; {remedy}")
+        raise DataError(f"{path}: wrong MD5; delete it and run again to download it")
     batch = pickle.loads(raw, encoding="latin1")  # written by Python 2
     images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return images, np.asarray(batch["labels"], np.int64)
@@ -392,7 +386,7 @@ def _decoded(path):
     with Image.open(path, formats=FORMATS) as image:
         image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
         grey_depth = image.mode.startswith("I")  # 16 bits
-        deep = _bits(image) == 16 and not grey_depth  # colours, which Pillow would cut to 8 bits
+        deep = _is_deep(image) and not grey_depth  # colours, which Pillow would cut to 8 bits
         if image.format == "TIFF":
             image.getexif()  # while the file is open
         if not deep or image.format == "PNG":
@@ -416,8 +410,8 @@ def _decoded(path):
     return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
 
 
-def _bits(image):
-    """Bits of a channel in the file, at most 8 or 16; raises OSError of an image that is rare."""
+def _is_deep(image):
+    """Whether channels have 16 bits; raises OSError of an image that is rare."""
     tags, info = getattr(image, "tag_v2", {}), image.info
     deep_png = image.format == "PNG" and "16" in str(image.tile[0][3])
     bits = 16 if deep_png else max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
@@ -436,7 +430,7 @@ def _bits(image):
     }
     if found := [kind for kind, there in rare.items() if there]:
         raise OSError(", ".join(found))
-    return bits
+    return bits == 16
 
 
 def _orientation_and_metadata(image):
@@ -498,7 +492,10 @@ def write_pixels(path, pixels, alpha=None, metadata=None):
 
 
 def _encoded(path, kind, channels, **metadata):
-    """What the file `path` of pixels (H, W, 1 to 4) holds; some encoders hang or crash on a full disk."""
+    """Encode pixels (H, W, 1 to 4) in memory, since some encoders hang or crash on a full disk.
+
+    `path` is told in messages.
+    """
     file, count, deep = io.BytesIO(), channels.shape[2], channels.dtype == np.uint16
     if deep and count > 1 and kind == "PNG":
         return _with_metadata(_tensorflow_io(path).encode_png(channels).numpy(), metadata)
@@ -608,11 +605,11 @@ def shrunk(picture, divisor):
     return _resized(picture, width, height)
 
 
-def _cut(picture, size, split, at_most, rng):
+def _patches_of(picture, size, split, at_most, rng):
     """Cut a picture (H, W, 3) into a list of patches (size, size, 3), views of it; `at_most` are drawn.
 
-    For training and validation, smaller copies of the picture are cut as well, at the same distances in the
-    picture itself. Training patches overlap by half, the others of the picture do not.
+    Training patches overlap by half, others do not. For training and validation, copies of a half and a
+    quarter of the size are cut as well, in proportionally smaller steps: their patches overlap more.
     """
     step = size // 2 if split == "train" else size
     copies = [(picture, step)]
@@ -626,8 +623,9 @@ def _cut(picture, size, split, at_most, rng):
 
 
 def split_pictures(labels):
-    """Splits of photographs by index, given their labels: of every class a twentieth each is held out.
+    """Split of each photograph, given their labels.
 
+    Of every class a twentieth, rounded up, is held out for validation, and as many for testing.
     A class is split alike whatever lies beside it, if all have FEWEST_TO_HOLD_OUT photographs or more; else
     all photographs are split as one class.
     """
@@ -637,17 +635,16 @@ def split_pictures(labels):
     splits = np.full(len(labels), "train", object)
     for label in np.unique(labels):
         (members,) = np.nonzero(labels == label)
-        share = -(-len(members) // 20)
+        share = math.ceil(len(members) / 20)
         drawn = np.random.default_rng(SPLIT_SEED).permutation(members)
         splits[drawn[:share]], splits[drawn[share : 2 * share]] = "validation", "test"
     return splits
 
 
-def _cuts(pictures, labels_of, size):
-    """Split pictures among train, validation and test, then cut them.
+def _split_and_cut(pictures, labels_of, size):
+    """Split pictures by `split_pictures`, then cut them.
 
-    Of FEWEST_TO_HOLD_OUT and more, a twentieth each is kept for validation and test; of fewer, every picture
-    is split into vertical bands instead.
+    If there are fewer than FEWEST_TO_HOLD_OUT, each is divided into three vertical bands instead.
 
     Args:
         pictures: Iterable of uint8 arrays (H, W, 3).
@@ -667,13 +664,13 @@ def _cuts(pictures, labels_of, size):
             bands = np.split(picture, [first, second], axis=1)
             regions = dict(zip(PATCH_SPLITS, bands, strict=True))
         for split, region in regions.items():
-            yield split, label, _cut(region, size, split, max(1, MAX_PATCHES // count), rng)
+            yield split, label, _patches_of(region, size, split, max(1, MAX_PATCHES // count), rng)
 
 
-def _cut_and_split(pictures, labels_of, size):
-    """What `_cuts` yields, in memory: two dicts by split, patches uint8 (N, size, size, 3), labels (N,)."""
+def _patches_in_memory(pictures, labels_of, size):
+    """What `_split_and_cut` yields: two dicts by split, patches uint8 (N, size, size, 3), labels (N,)."""
     patches, labels = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
-    for split, label, cuts in _cuts(pictures, labels_of, size):
+    for split, label, cuts in _split_and_cut(pictures, labels_of, size):
         patches[split] += cuts
         labels[split] += [label] * len(cuts)
     patches = {split: np.array(cuts, np.uint8).reshape(-1, size, size, 3) for split, cuts in patches.items()}
@@ -682,18 +679,18 @@ def _cut_and_split(pictures, labels_of, size):
 
 def _load_photos(size):
     photographs = load_sample_images()
-    images, labels = _cut_and_split(photographs.images, range(len(photographs.images)), size)
+    images, labels = _patches_in_memory(photographs.images, range(len(photographs.images)), size)
     checksums = {
         Path(name).name: hashlib.md5(picture).hexdigest()
         for name, picture in zip(photographs.filenames, photographs.images, strict=True)
     }
-    return _usable(Data("photos", images, labels, PHOTOS_CLASSES, checksums), "photos", size)
+    return _shuffle_held_out(Data("photos", images, labels, PHOTOS_CLASSES, checksums), "photos", size)
 
 
-def _usable(data, source, size):
-    """Data of patches: what is held out in random order, so that the first ones are of many pictures.
+def _shuffle_held_out(data, source, size):
+    """Shuffle the held-out patches, so that the first ones come from many pictures.
 
-    At most VALIDATION patches are kept for validation; raises DataError where a split has none.
+    At most VALIDATION are kept for validation; raises DataError where a split has none.
     """
     for split, count in {"validation": VALIDATION, "test": None}.items():
         order = np.random.default_rng(SPLIT_SEED).permutation(len(data.labels[split]))[:count]
@@ -764,7 +761,9 @@ def _load_folder(folder, data_dir, size):
         for stale in (data_dir / "cache").glob(f"*_{place}_*_{kind}_*.npy"):  # of earlier pictures
             stale.unlink(missing_ok=True)
         labels = [classes.index(class_of[path]) for path in files]
-        _write_cuts(_cuts(map(_readable_picture, files), labels, size), size, cache, cached_labels)
+        _write_patches(
+            _split_and_cut(map(_readable_picture, files), labels, size), size, cache, cached_labels
+        )
     images = {split: _open_cache(path, (None, size, size, 3)) for split, path in cache.items()}
     labels = {
         split: np.array(_open_cache(path, (len(images[split]),), np.int64))
@@ -774,11 +773,11 @@ def _load_folder(folder, data_dir, size):
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
     portable = repr([(name, stat.st_size) for name, stat in stats])  # without place and dates
     checksums = {"names and sizes": hashlib.md5(portable.encode()).hexdigest()}
-    return _usable(Data(name, images, labels, classes, checksums), folder, size)
+    return _shuffle_held_out(Data(name, images, labels, classes, checksums), folder, size)
 
 
-def _write_cuts(cuts, size, cache, cached_labels):
-    """Write what `_cuts` yields to `.npy` files by split, as it comes."""
+def _write_patches(cuts, size, cache, cached_labels):
+    """Write what `_split_and_cut` yields to `.npy` files by split, as it comes."""
     labels = {split: [] for split in cache}
     with contextlib.ExitStack() as stack:
         files = {}
@@ -829,7 +828,7 @@ def add_noise(images, sigma, rng=None, kind="white"):
         raise ValueError(f"sigma must not be negative, but is {sigma.min()}")
     rng = rng or np.random.default_rng(TEST_NOISE_SEED)
     sigma = np.broadcast_to(sigma, (len(images), 1, 1, 1))
-    fixed = {"quality": JPEG_QUALITY} if kind == "jpeg" else {}
+    fixed = {"quality": TEST_JPEG_QUALITY} if kind == "jpeg" else {}
     return NOISE_KINDS[kind](clean_of(images, kind) / 255, sigma, rng, **fixed).astype(np.float32)
 
 
@@ -859,7 +858,7 @@ def jpeg(images, sigma, rng, quality=None):
 
     Args:
         quality: JPEG quality of all files, with colours at half the resolution (4:2:0); by default one of
-            JPEG_QUALITIES is drawn for each, and 4:4:4 or 4:2:0.
+            TRAINING_JPEG_QUALITIES is drawn for each, and 4:4:4 or 4:2:0.
     """
     noisy = to_uint8(white(images, sigma, rng))
     if quality:
@@ -869,7 +868,7 @@ def jpeg(images, sigma, rng, quality=None):
 
 def draw_jpeg(count, rng):
     """Quality and Pillow's subsampling (0: 4:4:4, 2: 4:2:0) of JPEG files."""
-    return rng.integers(*JPEG_QUALITIES, count, endpoint=True), 2 * rng.integers(2, size=count)
+    return rng.integers(*TRAINING_JPEG_QUALITIES, count, endpoint=True), 2 * rng.integers(2, size=count)
 
 
 def through_jpeg(images, qualities, subsamplings):
@@ -946,9 +945,9 @@ def camera(images, sigma, rng):
     "Toward Convolutional Blind Denoising of Real Photographs" (CBDNet), CVPR 2019; Zhang et al., "Practical
     Blind Image Denoising via Swin-Conv-UNet and Data Synthesis" (SCUNet), 2023.
 
-    The mean of many photographs is to be the picture, and without noise y is x: a denoiser is not to undo
-    what cameras do to pictures. So linear steps are done to the noise n alone, and a step f that is not
-    linear, the curves and JPEG, makes (f(x + n) - f(x - n)) / 2 of it.
+    The mean of many noisy images y is to be the picture x, and without noise y is x: a denoiser is not to
+    undo what cameras do to pictures. So linear steps are applied to the noise n alone, and a step f that is
+    not linear, such as curves and JPEG, turns it into (f(x + n) - f(x - n)) / 2.
 
     sigma is the deviation that green has on the sensor at mid-grey, in grey levels of sRGB. Of y - x it
     is about half to once that, less in blacks and whites.
@@ -1011,20 +1010,6 @@ def developed(images, noise, rng):
     return to_float(to_uint8(images + noise))
 
 
-def halve_grainy(images):
-    """Images (N, H, W, 3) in [0, 1], H and W even; a grainy one at half its size, mirrored to fill the frame.
-
-    Many photographs that are taken as clean have as much grain as is to be removed; means of 2x2 pixels have
-    less. An image's grain is what its calmest 8x8 pixels have, unless that is so much that they are texture.
-    """
-    steps = np.diff(255 * (images @ np.array(LUMA, np.float32)), axis=2)
-    power = uniform_filter(np.square(steps), (0, 8, 8)).min(axis=(1, 2)) / 2
-    small = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, 3).mean(axis=(2, 4))
-    mirrored = np.pad(small, [(0, 0), (0, small.shape[1]), (0, small.shape[2]), (0, 0)], mode="symmetric")
-    low, high = np.square(GRAIN)
-    return np.where(((low < power) & (power < high))[:, None, None, None], mirrored, images)
-
-
 def to_linear(images, curved):
     """sRGB in [0, 1] to linear light (IEC 61966-2-1), where `curved` from before a smoothstep tone curve."""
     images = np.where(curved, 0.5 - np.sin(np.arcsin(1 - 2 * images) / 3), images)
@@ -1077,48 +1062,18 @@ KINDS = (white, grey, jpeg, camera, correlated, poisson, speckle, varying, impul
 NOISE_KINDS = {function.__name__: function for function in KINDS}
 
 
-def parse_noise(text):
-    """Value of --noise, KIND or KIND=SHARE, as (kind, share or None)."""
-    kind, equals, share = text.partition("=")
-    if kind not in NOISE_KINDS:
-        raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(NOISE_KINDS)}")
-    try:
-        return kind, number(float, 0, 1)(share) if equals else None
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: {share!r} is not a number") from None
+def halve_grainy(images):
+    """Images (N, H, W, 3) in [0, 1], H and W even; a grainy one at half its size, mirrored to fill the frame.
 
-
-class NoiseShares(argparse.Action):
-    """Collects what `parse_noise` returns into a dict of shares by kind; without shares all are equal."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        shares = dict(values)
-        if len(shares) < len(values):
-            raise argparse.ArgumentError(self, "a kind is named twice")
-        if None in shares.values():
-            if any(share is not None for share in shares.values()):
-                raise argparse.ArgumentError(self, "give a share for every kind, or for none")
-            shares = dict.fromkeys(shares, 1 / len(shares))
-        if abs(sum(shares.values()) - 1) > 1e-6:
-            raise argparse.ArgumentError(self, f"the shares add up to {sum(shares.values()):g}, not to 1")
-        setattr(namespace, self.dest, shares)
-
-
-def fit_pca(images, energy=0.95):
-    """Fit the compression of flattened pixels that keeps a share of their energy (variance).
-
-    Args:
-        images: uint8 array (N, H, W, 3).
-        energy: Share to keep, above 0 and below 1.
-
-    Returns:
-        Fitted `sklearn.decomposition.PCA` (the singular value decomposition of the centred pixels) with as
-        many components as needed; `transform` and `inverse_transform` take pixels in [0, 1], flattened.
+    Many photographs that are taken as clean have as much grain as is to be removed; means of 2x2 pixels have
+    less. An image's grain is what its calmest 8x8 pixels have, unless that is so much that they are texture.
     """
-    pixels = images.reshape(len(images), -1).astype(np.float32)
-    pixels /= 255  # in place: there may be much of it
-    solver = "covariance_eigh" if len(pixels) >= pixels.shape[1] else "full"
-    return PCA(n_components=energy, svd_solver=solver).fit(pixels)
+    steps = np.diff(255 * (images @ np.array(LUMA, np.float32)), axis=2)
+    power = uniform_filter(np.square(steps), (0, 8, 8)).min(axis=(1, 2)) / 2
+    small = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, 3).mean(axis=(2, 4))
+    mirrored = np.pad(small, [(0, 0), (0, small.shape[1]), (0, small.shape[2]), (0, 0)], mode="symmetric")
+    low, high = np.square(GRAIN)
+    return np.where(((low < power) & (power < high))[:, None, None, None], mirrored, images)
 
 
 def training_pair(images, kind, position, sigma, rng):
@@ -1234,6 +1189,43 @@ class Batches(keras.utils.PyDataset):
         return chosen, batch
 
 
+def absolute_path(text):
+    """Absolute path of what a command line names, so that --resume finds it from any folder."""
+    return str(given_path(text).resolve())
+
+
+def dataset_or_folder(text):
+    """Value of --dataset: the name of a built-in data set, or the absolute path of a folder."""
+    return text if text in BUILT_IN else absolute_path(text)
+
+
+def parse_noise(text):
+    """Value of --noise, KIND or KIND=SHARE, as (kind, share or None)."""
+    kind, equals, share = text.partition("=")
+    if kind not in NOISE_KINDS:
+        raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(NOISE_KINDS)}")
+    try:
+        return kind, number(float, 0, 1)(share) if equals else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: {share!r} is not a number") from None
+
+
+class NoiseShares(argparse.Action):
+    """Collects what `parse_noise` returns into a dict of shares by kind; without shares all are equal."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        shares = dict(values)
+        if len(shares) < len(values):
+            raise argparse.ArgumentError(self, "a kind is named twice")
+        if None in shares.values():
+            if any(share is not None for share in shares.values()):
+                raise argparse.ArgumentError(self, "give a share for every kind, or for none")
+            shares = dict.fromkeys(shares, 1 / len(shares))
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            raise argparse.ArgumentError(self, f"the shares add up to {sum(shares.values()):g}, not to 1")
+        setattr(namespace, self.dest, shares)
+
+
 def add_data_options(parser):
     """Add the options that say which data a script works on."""
     parser.add_argument(
@@ -1267,6 +1259,23 @@ def parse_args(argv=None):
     if not 0 < args.energy < 1:
         parser.error(f"argument --energy: {args.energy} is not between 0 and 1")
     return args
+
+
+def fit_pca(images, energy=0.95):
+    """Fit the compression of flattened pixels that keeps a share of their energy (variance).
+
+    Args:
+        images: uint8 array (N, H, W, 3).
+        energy: Share to keep, above 0 and below 1.
+
+    Returns:
+        Fitted `sklearn.decomposition.PCA` (the singular value decomposition of the centred pixels) with as
+        many components as needed; `transform` and `inverse_transform` take pixels in [0, 1], flattened.
+    """
+    pixels = images.reshape(len(images), -1).astype(np.float32)
+    pixels /= 255  # in place: there may be much of it
+    solver = "covariance_eigh" if len(pixels) >= pixels.shape[1] else "full"
+    return PCA(n_components=energy, svd_solver=solver).fit(pixels)
 
 
 def show_samples(data, path):

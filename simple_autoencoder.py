@@ -9,8 +9,9 @@
     python simple_autoencoder.py evaluate --pictures CLEAN --noise white camera   # your own test set
 
 Blind: one model for all noise levels, sigma 0 to 75. Writes, under the run's name (`simple_cifar10`), the
-models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps and
-GIFs. A training of CIFAR-10 with the defaults takes 50 to 80 minutes on two CPU cores with AVX512-BF16.
+models and weights of encoder, decoder and autoencoder, a log and a run record, figures, feature maps (0.4
+GB for CIFAR-10) and GIFs. A training of CIFAR-10 with the defaults takes 50 to 80 minutes on two CPU cores
+with AVX512-BF16.
 
 The encoder maps the noisy image to mean and log-variance of two Gaussian codes on a grid, one of each for
 every 2x2 pixels: z holds what the noise has left, the detail code what it has destroyed. The decoder maps
@@ -90,6 +91,7 @@ SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
 POSTERIOR_PIXELS, POSTERIOR_SAMPLES = 256_000, 64  # pixels of 250 images of CIFAR-10
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
+POSTERIOR_AT_ONCE = 25  # images of up to 48x48 whose draws are made together
 INTERVALS = (0.5, 0.9)  # shares of the draws in them
 SHOWN_DRAWS, RANK_BINS = 3, 13
 CALIBRATION_IMAGES, CALIBRATION_SAMPLES = 500, 8
@@ -141,10 +143,10 @@ def build_decoder(filters=FILTERS, blocks=DECODER_BLOCKS, latent_dim=LATENT_DIM)
     return keras.Model(z, image, name="z_decoder")
 
 
-def detail_features(noisy, mean, filters, blocks, name="detail"):
+def detail_features(level_input, z_mean, filters, blocks, name="detail"):
     """Features that predict a detail code's variance, from the level's input and the mean of its z."""
-    x = layers.Conv2D(filters, 2, strides=2, name=f"{name}_to_cells")(noisy)
-    x = layers.Conv2D(filters, 1, name=f"{name}_mix")(layers.Concatenate(name=f"{name}_input")([x, mean]))
+    x = layers.Conv2D(filters, 2, strides=2, name=f"{name}_to_cells")(level_input)
+    x = layers.Conv2D(filters, 1, name=f"{name}_mix")(layers.Concatenate(name=f"{name}_input")([x, z_mean]))
     return residual_blocks(x, filters, blocks, f"{name}_encoder")
 
 
@@ -296,13 +298,13 @@ class DetailVAE(DenoisingVAE):
     is an unbiased estimate of the continuous ranked probability score. The score is strictly proper: only
     the true distribution minimizes its expectation (Gneiting, Raftery, "Strictly Proper Scoring Rules,
     Prediction, and Estimation", 2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS", 2024).
-    Being unbiased, two draws suffice: more would only lower the variance, as more images do. CRPS_k scores
-    the means of k x k pixels, so that the draws' neighbours deviate together, as errors do. w(x) is one
-    over the image's mean |a - b|, at least a grey level, taken as a constant, so that a deviation that is
-    wrong by a tenth counts alike in flat and in textured images, under weak and under strong noise. A weight
-    that depends on the clean image would favour wrong distributions; this one depends on the noisy image
-    and, over so many pixels, hardly on the draws. Since it would reward draws that deviate too much, the
-    plain CRPS of pixels tells the best epoch.
+    Since the estimate is unbiased, two draws suffice: more would only lower its variance, as more images do.
+    CRPS_k scores the means of k x k pixels, so that the draws' neighbours deviate together, as errors do.
+    w(x) is one over the image's mean |a - b|, at least a grey level, taken as a constant, so that a deviation
+    that is wrong by a tenth counts alike in flat and in textured images, under weak and under strong noise. A
+    weight that depends on the clean image would favour wrong distributions; this one depends on the noisy
+    image and, over so many pixels, hardly on the draws. The weighted score would reward draws that deviate
+    too much, so the plain CRPS of pixels tells the best epoch.
 
     Args:
         encoder: Trained: noisy images to [z_mean, z_log_var] of each level, one after another.
@@ -658,7 +660,7 @@ def compare_blocks(clean, draws):
     return {side: compare_draws(block_means(clean, side), block_means(draws, side)) for side in CRPS_WEIGHTS}
 
 
-def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES, at_once=25):
+def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES):
     """Measure draws of the posterior by the protocol's noise.
 
     Args:
@@ -666,17 +668,16 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES,
         clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
         sigma: Of the noise, on the 0-255 scale.
         samples: Draws of each image.
-        at_once: Images computed at a time.
 
     Returns:
         Dict: by block side in pixels what `compare_draws` returns, and by name arrays (N,): PSNR in dB of the
         `posterior mean` that ships as the autoencoder, of the `mean of draws` and of `one draw`, and the
-        `expected` PSNR of the posterior mean, from what draws differ from it; `samples` is the number.
+        `expected` PSNR of the posterior mean, from what draws differ from it; and `samples`, their number.
     """
     rng = np.random.default_rng(TEST_NOISE_SEED)
-    parts, at_once = [], util.at_once(clean, at_once, 48)  # draws of larger images take gigabytes
-    for start in range(0, len(clean), at_once):
-        images = clean[start : start + at_once]
+    parts, count = [], util.at_once(clean, POSTERIOR_AT_ONCE, 48)
+    for start in range(0, len(clean), count):
+        images = clean[start : start + count]
         noisy = add_noise(images, sigma, rng)
         mean, draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
         measured = compare_blocks(util.to_float(images), draws)
@@ -922,7 +923,8 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
             clean, noisy = gif_images(data)
             write_gifs(draft, name, frames, clean, util.to_uint8(noisy))
         write_sample_maps(draft, name, encoder, data)
-        described = util.describe_run(args, rows, "val_psnr") | data.described
+        described = util.describe_run(args, rows) | data.described
+        described["best"] = util.best_row(rows, "val_psnr")
         described["training_images"] = len(data.images[data.denoiser_split])
         results, measured = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
         if rows:  # none if nothing was trained and the log of --start is missing
@@ -930,7 +932,7 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
             util.save_figures(draft, name, {"history": history})
         draw_results(draft, name, models, encoder, decoder, data, measured)
         util.write_record(draft, name, described | (record or {}) | results)
-    print(f"Written to {args.out}: models, weights, figures, feature maps, GIFs and logs of {name}")
+    print(f"Written to {args.out}: all files of {name}")
 
 
 def draw_results(draft, name, models, encoder, decoder, data, measured):
@@ -959,7 +961,7 @@ def measure_and_print(models, encoder, decoder, data, count):
     costs = [{"model": label} | cost(model) for label, model in models.items()]
     print(util.format_table(costs))
     table = evaluate(blind(models), clean)
-    print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB:")
+    print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB and SSIM:")
     print(util.format_table(table), flush=True)
     results = {"costs": costs, "evaluation": {described(clean): table}}
     clean = clean[: max(1, POSTERIOR_PIXELS // math.prod(clean.shape[1:3]))]
@@ -1005,7 +1007,7 @@ def cost(model):
 def evaluate_saved(args):
     """Evaluate a saved run, beside the one it is stacked on, and add the result to its record.
 
-    Its figures are drawn anew if the data are those that the training drew.
+    Its figures are drawn anew if data, --size and --images are those of the training.
     """
     with util.locked(args.out, args.name):
         record = util.read_record(args.out, args.name)
@@ -1041,7 +1043,7 @@ def load_parts(args, precision="float32"):
     return [util.load_model(args.out, args.name, part, precision) for part in parts]
 
 
-def picture_row(clean, noisy, models, samples=0, ensemble=False):
+def picture_row(clean, noisy, models, samples, ensemble=False):
     """What is measured of one picture.
 
     Args:
@@ -1081,8 +1083,10 @@ def evaluate_pictures(args):
         pass  # what is wrong with one is told before the work
     print(f"Denoised by {args.name}", flush=True)
     noises = {f"{kind} {sigma}": (kind, sigma) for kind in args.noise for sigma in SIGMAS}
+    if args.noisy:
+        noises = {"as given": None}
     summary = []
-    for label, noise in noises.items() if not args.noisy else [("as given", None)]:
+    for label, noise in noises.items():
         rows = []
         pictures = (
             pictures_with_noise(args.pictures, *noise) if noise else picture_pairs(args.pictures, args.noisy)
@@ -1122,8 +1126,8 @@ def denoise_file(source, target, args, models):
     def check_free():
         for path in (target, deviation_path(target)) if posterior else (target,):
             if path.exists() and (not args.force or path.samefile(source)):
-                remedy = "choose another --to" if path.samefile(source) else "choose another --to, or --force"
-                raise DataError(f"{path}: is there already; {remedy}")
+                force = "" if path.samefile(source) else ", or --force"
+                raise DataError(f"{path}: is there already; choose another --to{force}")
 
     check_free()
     started = time.monotonic()
@@ -1213,9 +1217,14 @@ def add_train_options(parser):
     parser.add_argument(
         "--detail-epochs", type=util.number(int, 0), default=DETAIL_EPOCHS, help="passes for the detail code"
     )
-    parser.add_argument("--filters", type=util.number(int, 12), default=FILTERS, help="channels, 12 at least")
     parser.add_argument(
-        "--latent-dim", type=util.number(int, 1), default=LATENT_DIM, help="channels of a code"
+        "--filters",
+        type=util.number(int, 12),
+        default=FILTERS,
+        help="channels, 12 at least; of a stack, those of z2's level",
+    )
+    parser.add_argument(
+        "--latent-dim", type=util.number(int, 12), default=LATENT_DIM, help="channels of z; of a stack, of z2"
     )
     parser.add_argument(
         "--kl-weight", type=util.number(float, 0), default=KL_WEIGHT, help="weight of the KL term"
@@ -1335,7 +1344,7 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     if args.verb == "train" and args.sigma[0] > args.sigma[1]:
         train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
     if args.verb == "train" and not (args.epochs or args.start):
-        train.error("argument --epochs: 0 keeps what --start names; give one")
+        train.error("argument --epochs: 0 keeps what --start names; add --start, or train for an epoch")
     if args.verb == "evaluate":
         of_pictures = ("noisy", "noise", "save", "samples", "self_ensemble")
         for option in ("dataset", "size", "images") if args.pictures else of_pictures:

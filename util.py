@@ -1,4 +1,4 @@
-"""How a run is kept, loaded and shown: what the scripts share and what knows no data set.
+"""Shared by all scripts, whatever the data set: how runs are saved, loaded and shown.
 
 From top to bottom: command lines and how a script ends; files and folders of a run, its record; saving and
 loading models; denoising of batches and pictures; PSNR and SSIM; training, on several devices too; figures
@@ -116,7 +116,10 @@ def add_run_options(parser):
         "--name", type=run_name, default=None, help="name of the run (default: from the data set)"
     )
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of all that is random in the run"
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="random seed of the run; splits, validation and test noise have theirs",
     )
     parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT training images only")
     parser.add_argument(
@@ -232,11 +235,11 @@ def number(kind, low, high=10**9):
 
 
 def run_name(text):
-    """Check the name of a run: letters, digits, `_` and `-`, since it becomes part of file names."""
+    """Check the name of a run: letters, digits, `_` and `-`; it becomes part of file names and commands."""
     if text in RESERVED_NAMES or text.startswith(PART_PREFIXES):
         raise argparse.ArgumentTypeError(f"{text!r} has a meaning of its own; choose another")
-    if not re.fullmatch(r"[\w-]+", text) or len(os.fsencode(text)) > NAME_BYTES:
-        rule = f"use letters, digits, _ and -, {NAME_BYTES} bytes at most"
+    if not re.fullmatch(r"\w[\w-]*", text) or len(os.fsencode(text)) > NAME_BYTES:
+        rule = f"use letters, digits, _ and, but not first, -; {NAME_BYTES} bytes at most"
         raise argparse.ArgumentTypeError(f"{text!r} cannot be part of names of files; {rule}")
     return text
 
@@ -298,10 +301,11 @@ def gpus():
 
 
 def run_script(main):
-    """Call `main()` and end the process as every script of the collection does.
+    """Call `main()` and end the process, as every script but `stl10_input.py` does.
 
-    Exit code 0 when done, 1 after a failure that one line on stderr tells (any `OSError`), 130 after Ctrl-C
-    or SIGTERM. Wrong usage ends in 2 by argparse. Anything else is a bug and keeps its traceback.
+    Exit code 0 when done, 1 after a failure that one line on stderr tells (any `OSError`, or too little
+    memory), 130 after Ctrl-C or SIGTERM. Wrong usage ends in 2 by argparse. Anything else is a bug and keeps
+    its traceback.
     """
 
     def stop(signum, frame):
@@ -337,6 +341,11 @@ def error_line(error):
     line = f"{name}: {error.strerror}" if name else str(error)
     remedies = [remedy for numbers, remedy in REMEDIES if error.errno in numbers]
     return "; ".join([" ".join(line.split()), *remedies])
+
+
+def first_line(error):
+    """What an exception says, cut to one short line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _leave(code, line=None):
@@ -397,8 +406,8 @@ def publishing(out, name):
     """Collect all files of a run in a folder of their own and move them into `out` together.
 
     If the block fails, nothing of `out` has changed. If the process dies while the files are moved, the next
-    `publishing` or `load_model` of that run moves the rest. Processes that have trained together part here:
-    the first one alone goes on.
+    `publishing`, `load_model` or `read_record` of that run moves the rest. Processes that have trained
+    together part here: the first one alone goes on.
 
     Args:
         out: Folder that holds `models/`, `weights/` and so on.
@@ -494,7 +503,7 @@ def check_writable(folder, remedy, drafts=None):
 
 
 def training_folder(out, name):
-    """Working folder of a training run, which has gone when the run has ended well.
+    """Working folder of a training run; removed when the run ends well.
 
     Of several processes, all but the first have a scratch folder.
     """
@@ -562,7 +571,7 @@ def _keep_arguments(path, script, args, data):
     new = json.loads(json.dumps({"script": script, "data": data} | vars(args), default=str))
     # of several processes that train together, the first alone has the file
     interrupted = (_read_dict(path) if args.resume and path.exists() else None) or {}
-    if interrupted.pop("data", data) != data:  # which a new date of a file is enough for
+    if interrupted.pop("data", data) != data:  # by names or sizes of a folder's files
         print("The pictures have changed since the run was interrupted, and perhaps their splits.")
     for key, old in interrupted.items():
         other_epochs = "epochs" in key and old  # a stage that was left out stays so
@@ -643,10 +652,10 @@ def write_record(draft, name, record):
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def describe_run(args, rows, monitor):
-    """What the record of every training run tells; `rows` and `monitor` as of `fit`.
+def describe_run(args, rows):
+    """What the record of every training run tells; `rows` are its metrics, a dict for each epoch.
 
-    It tells the same of the run that --start names, whose place the new one may take.
+    It keeps a summary of the run that --start names, since the new run may replace it.
     """
     before = read_record(args.out, args.start) if args.start else {}
     told = ("name", "arguments", "environment", "training_seconds", "epochs", "started_from")
@@ -656,7 +665,6 @@ def describe_run(args, rows, monitor):
         "environment": environment(),
         "training_seconds": round(sum(row["seconds"] for row in rows)),
         "epochs": len(rows),
-        "best": best_row(rows, monitor),
         "started_from": {key: before[key] for key in told if key in before} or None,
     }
 
@@ -780,8 +788,13 @@ def write_weights(path, model, history=None):
     Path(path).write_bytes(memory.getbuffer())
 
 
+def _model_name(run, part):
+    """Name of a model's files: of a part of a run, or of a run that has one model."""
+    return f"{part}_{run}" if part else run
+
+
 def saved_runs(out, part=None):
-    """Names of the runs that have saved this one of PARTS, or without it their only model; sorted."""
+    """Sorted names of the runs that have saved this part or, without `part`, a single model."""
     names = sorted(path.stem for path in Path(out).glob("models/*.json"))
     if part:
         return [name.removeprefix(f"{part}_") for name in names if name.startswith(f"{part}_")]
@@ -865,11 +878,12 @@ def _is_part(model, part):
 
 
 def _check_size(path, parameters):
-    """Check that a weights file declares little more than it holds, nor the model; raises ValueError."""
-    declared = [2 * parameters]  # bytes at least
+    """Raise ValueError if the model, or what a weights file declares, needs over twice the file's bytes."""
+    sizes = []
     with h5py.File(path) as file:
-        file.visititems(lambda _, item: declared.append(getattr(item, "nbytes", 0)))
-    if max(declared[0], sum(declared[1:])) > 2 * path.stat().st_size:  # weights hardly pack
+        file.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
+    needed = max(2 * parameters, sum(sizes))  # a parameter has 2 bytes at least
+    if needed > 2 * path.stat().st_size:  # weights hardly pack
         keras.utils.clear_session()  # drops the initializers that wait to make the weights
         raise ValueError("too small for what is declared")
 
@@ -884,11 +898,6 @@ def _in_precision(config, precision):
         elif layer["class_name"] != "InputLayer" and layer["config"]["name"] not in outputs:
             layer["config"]["dtype"] = precision
     return config
-
-
-def _model_name(run, part):
-    """Name of a model's files: of a part of a run, or of a run that has one model."""
-    return f"{part}_{run}" if part else run
 
 
 def start_from(model, out, run, part=None):
@@ -907,16 +916,11 @@ def start_from(model, out, run, part=None):
         ) from None
 
 
-def first_line(error):
-    """What an exception says, cut to one short line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
 def layer_calls(model, inputs):
     """(layer, inputs, outputs) of every layer of a functional model, those of nested models included.
 
-    Inputs and outputs are lists. A nested model comes after its layers, and all their outputs are its inputs:
-    what was found out about them counts for what follows.
+    Inputs and outputs are lists. A nested model follows its layers, with all their outputs as its inputs, so
+    that what was found out about them passes through it.
     """
     calls = []
 
@@ -935,7 +939,7 @@ def layer_calls(model, inputs):
     return calls
 
 
-@functools.lru_cache(maxsize=8)  # each walk over a graph adds to it
+@functools.lru_cache(maxsize=8)  # each walk adds nodes to the model's graph
 def stride(model):
     """Factor that height and width of a convolutional model's input must be multiples of."""
     side = 64
@@ -1049,15 +1053,14 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         Array like `picture`; and the error to expect at each pixel, float16 (H, W) in grey levels of 0-255:
         the root of the mean square of what draws differ from the result. None without `posterior`.
     """
-    whole_numbers = np.issubdtype(picture.dtype, np.integer)
-    peak = np.float32(np.iinfo(picture.dtype).max if whole_numbers else 1)
+    is_integer = np.issubdtype(picture.dtype, np.integer)
+    peak = np.float32(np.iinfo(picture.dtype).max if is_integer else 1)
     result = np.empty_like(picture)
     errors = np.empty(picture.shape[:2], np.float16) if posterior else None
-    step, whole = stride(autoencoder), autoencoder
-    if posterior:
-        encoder, decoder = posterior
-        whole = _drawing_model(encoder, decoder)
-    reach = -(-receptive_field(whole) // step) * step
+    encoder, decoder = posterior or (None, None)
+    farthest = receptive_field(_drawing_model(encoder, decoder) if posterior else autoencoder)
+    step = stride(autoencoder)
+    reach = math.ceil(farthest / step) * step
     tile = tile or (SAMPLING_TILE if posterior else TILE)
     spans = list(itertools.product(*(tile_spans(side, tile, reach, step) for side in picture.shape[:2])))
     advance = progress(len(spans), "tiles") if len(spans) > 1 else lambda: None
@@ -1075,7 +1078,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         output = self_ensemble(autoencoder, window) if ensemble else autoencoder.predict_on_batch(window)
         denoised = _visible(output, inside, picture.shape[2])
         after = before + strength * (denoised - before)
-        result[rows, columns] = np.round(peak * after) if whole_numbers else after
+        result[rows, columns] = np.round(peak * after) if is_integer else after
         if posterior:
             drawn = draws(decoder, encoder.predict_on_batch(window), samples, (DRAWS_SEED, top, left))
             squares = sum(np.square(_visible(draw, inside, picture.shape[2]) - after) for draw in drawn)
@@ -1146,7 +1149,7 @@ def draws(decoder, outputs, samples, seed):
 
 
 def to_uint8(images):
-    """Clip images in [0, 1] and round them to uint8."""
+    """Clip images to [0, 1], scale them to 255 and round them to uint8."""
     return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
@@ -1289,7 +1292,7 @@ def _has_tensorboard():
 
 
 def processes():
-    """Number of this process, from 0, and how many train together."""
+    """Rank of this process, 0 of the first one, and how many train together."""
     if keras.backend.backend() != "jax":
         return 0, 1
     import jax
@@ -1317,8 +1320,8 @@ def join_processes():
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has set its own, which ignores it
     import jax
 
-    number, count = processes()
-    if number:
+    rank, count = processes()
+    if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if jax.device_count() != count * jax.local_device_count():
         raise ModelError(f"{jax.device_count()} devices: {count} processes need as many each")
@@ -1359,7 +1362,8 @@ def broadcast(arrays):
 def broadcast_json(value):
     """Anything that JSON holds, as the first of several processes has it."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    return json.loads(bytes(broadcast(np.resize(text, int(broadcast(np.int32(len(text))))))))
+    length = int(broadcast(np.int32(len(text))))
+    return json.loads(bytes(broadcast(np.resize(text, length))))  # all pass arrays of one shape
 
 
 def check_same_settings(values):
@@ -1417,7 +1421,7 @@ def _on_all_devices(model, batches, validation):
     Raises:
         ModelError: the processes do not fit together, or their devices cannot share a batch evenly.
     """
-    (number, count), size = processes(), batches.batch_size
+    (rank, count), size = processes(), batches.batch_size
     devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
     images = keras.tree.flatten(validation)[0]
     used = max(n for n in range(1, len(devices) + 1) if size % n == 0 and n <= len(images))
@@ -1430,7 +1434,7 @@ def _on_all_devices(model, batches, validation):
         print(f"Training on {used} of {len(devices)} devices, {size // used} images of a batch on each.")
 
     def share(array):
-        return np.split(array[: len(array) // used * used], count)[number]
+        return np.split(array[: len(array) // used * used], count)[rank]
 
     fed = {"x": batches, "validation_data": validation, "validation_batch_size": at_once(images)}
     if used == 1:
@@ -1460,13 +1464,13 @@ class _StopBetweenBatches(keras.callbacks.Callback):
 
     def __enter__(self):
         self.previous = {
-            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
+            signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
 
     def note(self, signum, frame):
         if self.noted:
@@ -1671,7 +1675,7 @@ def feature_map_origin(run, weights, images, pooling, **described):
 
 
 def pool(maps, side):
-    """Average feature maps (N, h, w, c) over a grid of cells to (N, side, side, c), or fewer if h or w is."""
+    """Average feature maps (N, h, w, c) over side x side cells; an axis that is shorter stays as it is."""
     for axis in (1, 2):
         length = maps.shape[axis]
         edges = np.linspace(0, length, min(side, length) + 1).round().astype(int)
@@ -1729,12 +1733,13 @@ class _Sink(io.FileIO):
         self.check()
 
 
-def write_feature_maps(path, encoder, images, labels, origin, batch_size=BATCH):
+def write_feature_maps(path, encoder, images, labels, origin, batch_size=None):
     """Stream the feature maps of a saved encoder to an HDF5 file.
 
     It holds `features` (N, h, w, c) float16, `labels` (N,) int64, and as attributes `origin`, the
     `feature_map_origin` of the images. The rest is as for `feature_maps`.
     """
+    batch_size = batch_size or at_once(images)
     with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
         file.attrs.update(origin)
         for start in range(0, len(images), batch_size):

@@ -255,7 +255,7 @@ def test_the_first_held_out_patches_are_of_many_pictures(folder_of_flat_pictures
 
 def test_patches_of_different_splits_come_from_different_columns():
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (60, 200, 3))
-    images, _ = load_data._cut_and_split([columns], [0], 10)
+    images, _ = load_data._patches_in_memory([columns], [0], 10)
     seen = {split: set(np.unique(patches)) for split, patches in images.items()}
     for one, other in itertools.combinations(seen.values(), 2):
         assert not one & other
@@ -280,7 +280,7 @@ def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
     whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}
     half = load_data.shrunk(blocks, 2)
     halves = {half[r : r + 16, c : c + 16].tobytes() for r in range(0, 33, 4) for c in range(0, 33, 4)}
-    images, labels = load_data._cut_and_split([blocks] * 10, range(10), 16)
+    images, labels = load_data._patches_in_memory([blocks] * 10, range(10), 16)
     seen = {split: {patch.tobytes() for patch in patches} for split, patches in images.items()}
     assert whole < seen["train"] and halves < seen["train"]
     assert len(seen["train"]) == len(whole) + len(halves) + 5 * 5  # of a quarter: 24x24, 2 pixels apart
@@ -294,7 +294,7 @@ def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
 @given(sides, sides, st.integers(12, 20), st.integers(1, 80), st.sampled_from(load_data.PATCH_SPLITS), seeds)
 def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, split, seed):
     picture = random_images(height, width, 3, seed=seed)
-    patches = np.array(load_data._cut(picture, size, split, at_most, np.random.default_rng(seed)))
+    patches = np.array(load_data._patches_of(picture, size, split, at_most, np.random.default_rng(seed)))
     step = size // 2 if split == "train" else size
     places = len(load_data.corners(picture, size, step))
     assert min(places, at_most) <= len(patches) <= at_most
@@ -320,7 +320,7 @@ def test_a_class_is_split_alike_whatever_lies_beside_it():
 
 def test_patches_of_a_picture_are_limited(monkeypatch):
     monkeypatch.setattr(load_data, "MAX_PATCHES", 300)
-    images, _ = load_data._cut_and_split(random_images(10, 96, 96, 3), [0] * 10, 16)
+    images, _ = load_data._patches_in_memory(random_images(10, 96, 96, 3), [0] * 10, 16)
     assert len(images["train"]) == 8 * 30
     assert len({patch.tobytes() for patch in images["train"]}) == 8 * 30
 

@@ -290,10 +290,11 @@ def test_draws_of_a_single_image_are_measured():
     assert simple.quality_row(measured, 25)["correlation"] is None
 
 
-def test_posterior_is_measured_as_by_a_plain_loop():
+def test_posterior_is_measured_as_by_a_plain_loop(monkeypatch):
+    monkeypatch.setattr(simple, "POSTERIOR_AT_ONCE", 2)
     autoencoder, encoder, decoder = joined_models()
     clean = random_images(3, 8, 8, 3)
-    measured = simple.measure_posterior(encoder, decoder, clean, 25, samples=4, at_once=2)
+    measured = simple.measure_posterior(encoder, decoder, clean, 25, samples=4)
     noisy, rng = add_noise(clean, 25), np.random.default_rng((0, 0))
     outputs = encoder.predict(noisy[:2], verbose=0)
     draws = []

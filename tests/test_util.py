@@ -430,7 +430,7 @@ def test_record_tells_what_the_run_started_from(tmp_path):
     record, start = {}, None
     for epochs in (2, 3, 4):
         args = Namespace(out=tmp_path, name="run", start=start, epochs=epochs)
-        record = util.describe_run(args, [{"seconds": 60.4, "val_psnr": 20}] * epochs, "val_psnr")
+        record = util.describe_run(args, [{"seconds": 60.4, "val_psnr": 20}] * epochs)
         with util.publishing(tmp_path, "run") as draft:
             util.write_record(draft, "run", record)
         start = "run"
