@@ -82,6 +82,11 @@ def one_by_one(denoise):
     return lambda noisy, sigma: util.to_uint8(np.stack([denoise(image, sigma) for image in noisy]))
 
 
+def ensemble_of(model):
+    """The self-ensemble of a saved autoencoder as a denoiser of single images."""
+    return lambda image, sigma: util.denoise_picture(model, image, ensemble=True)[0]
+
+
 class Timed:
     """A denoiser that knows how long it took for an image."""
 
@@ -136,6 +141,7 @@ def parse_args(argv=None):
         "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
     )
     parser.add_argument("--noise", choices=NOISE_KINDS, default="white", help="kind of the noise")
+    parser.add_argument("--self-ensemble", action="store_true", help="measure the models' self-ensemble, too")
     parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
     return parser.parse_args(argv)
 
@@ -186,7 +192,12 @@ def main(argv=None):
         for shape in {batch.shape for batch in clean}:  # compile for it before the clock starts
             denoise(np.zeros(shape, np.float32), 0)
     denoisers = {label: one_by_one(CLASSICAL[label]) for label in CLASSICAL if label not in args.without}
-    denoisers = {label: Timed(denoise) for label, denoise in (denoisers | simple.blind(models)).items()}
+    denoisers |= simple.blind(models)
+    if args.self_ensemble:
+        denoisers |= {
+            f"{name}, self-ensemble": one_by_one(ensemble_of(model)) for name, model in models.items()
+        }
+    denoisers = {label: Timed(denoise) for label, denoise in denoisers.items()}
     table = simple.evaluate(denoisers, clean, kind=args.noise)
     hardware = util.environment()["hardware"]
     name = dataset_name(args.dataset) + ("" if args.noise == "white" else f"_{args.noise}")
