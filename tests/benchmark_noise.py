@@ -20,7 +20,7 @@ from load_data import NOISE_KINDS, SPLIT_SEED, TEST_NOISE_SEED, absolute_path, a
 
 import cv2
 import numpy as np
-from benchmark_denoisers import block_matching, held_out_pictures, non_local_means, write_figures
+from benchmark_denoisers import block_matching, ensemble_of, held_out_pictures, non_local_means, write_figures
 from matplotlib.figure import Figure
 
 SIGMAS = (10, 25)
@@ -55,7 +55,7 @@ def mean_psnr(clean, denoised):
     return float(util.psnr(clean, util.to_uint8(np.stack(denoised))).mean())
 
 
-def measure(clean, kind, sigma, models, classical):
+def measure(clean, kind, sigma, models, classical, ensembles=False):
     """Row of the table: PSNR of what is noisy and of what each method makes of it.
 
     Args:
@@ -63,13 +63,18 @@ def measure(clean, kind, sigma, models, classical):
         kind, sigma: Of the noise.
         models: Dict of saved autoencoders by name.
         classical: Some of CLASSICAL.
+        ensembles: Whether to measure the models' self-ensembles, too.
     """
     noisy = add_noise(clean, sigma, np.random.default_rng(TEST_NOISE_SEED), kind)
     clean = clean_of(clean, kind)
     row = {"noise": kind, "strength": sigma, "noisy": mean_psnr(clean, noisy)}
     for label, (denoise, parameters) in classical.items():
         row[label] = max(mean_psnr(clean, [denoise(image, value) for image in noisy]) for value in parameters)
-    return row | {name: mean_psnr(clean, util.denoise(model, noisy) / 255) for name, model in models.items()}
+    row |= {name: mean_psnr(clean, util.denoise(model, noisy) / 255) for name, model in models.items()}
+    for name, model in models.items() if ensembles else ():
+        denoise = ensemble_of(model)
+        row[f"{name}, self-ensemble"] = mean_psnr(clean, [denoise(image, sigma) for image in noisy])
+    return row
 
 
 def kinds_figure(rows, title):
@@ -113,6 +118,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
     )
+    parser.add_argument("--self-ensemble", action="store_true", help="measure the models' self-ensemble, too")
     parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
     return parser.parse_args(argv)
 
@@ -132,7 +138,7 @@ def main(argv=None):
     advance = util.progress(len(NOISE_KINDS) * len(SIGMAS), "kinds and strengths of noise")
     for kind in NOISE_KINDS:
         for sigma in SIGMAS:
-            rows.append(measure(np.stack(clean), kind, sigma, models, classical))
+            rows.append(measure(np.stack(clean), kind, sigma, models, classical, args.self_ensemble))
             advance()
     title = f"{len(clean)} held-out photographs, {args.side}x{args.side} of each"
     print(f"{title}, PSNR in dB; {util.environment()['hardware']}")
