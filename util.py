@@ -1733,17 +1733,17 @@ class _Sink(io.FileIO):
         self.check()
 
 
-def write_feature_maps(path, encoder, images, labels, origin, batch_size=None):
+def write_feature_maps(path, encoder, images, labels, origin):
     """Stream the feature maps of a saved encoder to an HDF5 file.
 
     It holds `features` (N, h, w, c) float16, `labels` (N,) int64, and as attributes `origin`, the
     `feature_map_origin` of the images. The rest is as for `feature_maps`.
     """
-    batch_size = batch_size or at_once(images)
+    count = at_once(images)
     with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
         file.attrs.update(origin)
-        for start in range(0, len(images), batch_size):
-            maps = encode(encoder, images[start : start + batch_size], origin["pooling"])
+        for start in range(0, len(images), count):
+            maps = encode(encoder, images[start : start + count], origin["pooling"])
             if not start:
                 shape = (len(images), *maps.shape[1:])
                 rows = max(1, 2**18 // maps[0].size)  # images in a chunk of half a megabyte

@@ -824,12 +824,13 @@ def encoder_run(tmp_path):
     return tmp_path
 
 
-def test_feature_maps_are_streamed_with_their_origin(encoder_run):
+def test_feature_maps_are_streamed_with_their_origin(encoder_run, monkeypatch):
     clean = random_images(5, 5, 6, 3)  # the odd row is cut off
     weights = encoder_run / "weights/encoder_small.weights.h5"
     origin = util.feature_map_origin("small", weights, clean, pooling=0, sigma=25.0)
     path = encoder_run / "f.h5"
-    util.write_feature_maps(path, averaging_encoder(), clean, np.arange(5), origin, batch_size=2)
+    monkeypatch.setattr(util, "at_once", lambda images: 2)
+    util.write_feature_maps(path, averaging_encoder(), clean, np.arange(5), origin)
     with h5py.File(path) as file:
         averages = clean[:, :4].reshape(5, 2, 2, 3, 2, 3).mean(axis=(2, 4)) / 255
         assert file["features"].dtype == np.float16
