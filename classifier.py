@@ -141,8 +141,7 @@ class LabelledBatches(Batches):
         if batch.dtype == np.uint8:
             mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
             batch[mirrored] = batch[mirrored, :, ::-1]
-            rng = np.random.default_rng((self.seed, self.epoch, index))
-            batch = shift_zoom_or_cut_out(batch, rng, self.enlarged)
+            batch = shift_zoom_or_cut_out(batch, self.random(index), self.enlarged)
         return util.to_float(batch), self.one_hot[chosen]
 
 

@@ -1162,7 +1162,7 @@ class Batches(keras.utils.PyDataset):
     def prepare(self, index):
         """Compute a batch."""
         batch = self.take(index)[1]
-        rng = np.random.default_rng((self.seed, self.epoch, index))
+        rng = self.random(index)
         mirrored = rng.random(len(batch)) < 0.5
         batch[mirrored] = batch[mirrored, :, ::-1]
         shares = np.array(list(self.noise.values()))
@@ -1179,6 +1179,11 @@ class Batches(keras.utils.PyDataset):
                     batch[chosen], kind, position[chosen], self.sigma, rng
                 )
         return (noisy, sigma), clean
+
+    def random(self, index):
+        """Generator of what is drawn for a batch."""
+        # index from 1, since for NumPy (0, 0, 0) is the same as 0, the seed of test noise
+        return np.random.default_rng((self.seed, self.epoch, 1 + index))
 
     def take(self, index):
         """Indices of the images of a batch, and a copy of these images."""

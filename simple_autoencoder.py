@@ -602,7 +602,7 @@ def sweep_figure(models, clean):
     return util.curves_figure(panels, f"Mean over {len(clean)} test images", ticks=SIGMAS)
 
 
-def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=TEST_NOISE_SEED):
+def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=util.DRAWS_SEED):
     """Images decoded from the mean of the posterior and from draws of it, made as by `util.draws`.
 
     Returns:
@@ -679,7 +679,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES)
     for start in range(0, len(clean), count):
         images = clean[start : start + count]
         noisy = add_noise(images, sigma, rng)
-        mean, draws = decoded_draws(encoder, decoder, noisy, samples, (TEST_NOISE_SEED, start))
+        mean, draws = decoded_draws(encoder, decoder, noisy, samples, (util.DRAWS_SEED, start))
         measured = compare_blocks(util.to_float(images), draws)
         shown = {"posterior mean": mean, "mean of draws": draws.mean(axis=0), "one draw": draws[0]}
         measured |= {label: util.psnr(images, util.to_uint8(image)) for label, image in shown.items()}

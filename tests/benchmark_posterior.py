@@ -71,7 +71,7 @@ def measure_rival(rival, clean, sigma, samples=simple.POSTERIOR_SAMPLES):
     for start in range(0, len(clean), AT_ONCE):
         images = clean[start : start + AT_ONCE]
         mean, log_var = rival.predict(add_noise(images, sigma, rng), verbose=0)
-        draws = pixel_draws(mean, log_var, samples, (simple.TEST_NOISE_SEED, start))
+        draws = pixel_draws(mean, log_var, samples, (util.DRAWS_SEED, start))
         parts.append(simple.compare_blocks(util.to_float(images), draws))
     joined = keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
     return joined | {"samples": samples}

@@ -7,6 +7,7 @@ import load_data
 from load_data import (
     CAMERA_SIGMA,
     NOISE_KINDS,
+    TEST_NOISE_SEED,
     VALIDATION_NOISE_SEED,
     Batches,
     NoiseShares,
@@ -15,7 +16,7 @@ from load_data import (
     parse_noise,
     validation_pair,
 )
-from util import psnr, to_float, to_uint8
+from util import DRAWS_SEED, psnr, to_float, to_uint8
 
 import numpy as np
 import pytest
@@ -355,6 +356,13 @@ def test_batches_depend_on_seed_epoch_and_position_alone():
     np.testing.assert_array_equal(feed(2, 1), feed(2, 1))
     for other in (feed(3, 1), feed(2, 0), feed(2, 1, seed=2)):
         assert (feed(2, 1) != other).any()
+
+
+def test_streams_of_training_and_draws_are_not_that_of_test_noise():
+    training = Batches(random_images(1, 4, 4, 3), 1).random(0)
+    draws = np.random.default_rng((DRAWS_SEED, 0, 0))
+    test = np.random.default_rng(TEST_NOISE_SEED)
+    assert len({generator.random() for generator in (training, draws, test)}) == 3
 
 
 def parsed(*values):

@@ -231,7 +231,7 @@ def test_expected_error_is_what_draws_of_all_codes_differ_from_the_result(levels
     picture = random_images(33, 57, channels)
     window = padded_by_hand(picture[None] / np.float32(255), 2**levels).repeat(3 // channels, axis=3)
     result = picture / 255 + 0.5 * (as_in(picture, autoencoder(window)) - picture / 255)
-    outputs, rng = encoder.predict(window, verbose=0), np.random.default_rng((0, 0, 0))
+    outputs, rng = encoder.predict(window, verbose=0), np.random.default_rng((2, 0, 0))
     squares = []
     for _ in range(3):
         codes = [
