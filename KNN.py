@@ -13,6 +13,7 @@ next time, 0.6 GB. CIFAR-10 takes 12 minutes on two CPU cores with AVX512-BF16.
 """
 
 import argparse
+from functools import partial
 
 import util
 from load_data import (
@@ -63,23 +64,20 @@ def spaces(args, data):
     """The spaces to compare.
 
     Returns:
-        Dict by label of functions: (images (N, H, W, 3), labels, which images these are) to float32 (N, d).
+        Dict by label of functions: images (N, H, W, 3), labels, name of the subset that these are (it begins
+        with that of the split) and sigma of their noise to points (N, d), float32.
     """
     pca = fit_pca(data.images["train"])
 
-    def maps(run):
-        def transform(images, labels, subset, **described):
-            features = util.feature_maps(
-                args.out, run, subset, images, labels, args.pooling, dataset=data.name, **described
-            )
-            return features.reshape(len(features), -1).astype(np.float32)
-
-        return transform
+    def maps(run, images, labels, subset, sigma=0.0):
+        described = {"dataset": data.name, "split": subset.partition("_")[0], "sigma": float(sigma)}
+        features = util.feature_maps(args.out, run, subset, images, labels, args.pooling, **described)
+        return features.reshape(len(features), -1).astype(np.float32)
 
     return {
-        "pixels": lambda images, *_, **__: flat(images),
-        "PCA": lambda images, *_, **__: compressed(images, pca),
-    } | {run: maps(run) for run in args.encoders}
+        "pixels": lambda images, *_: flat(images),
+        "PCA": lambda images, *_: compressed(images, pca),
+    } | {run: partial(maps, run) for run in args.encoders}
 
 
 def query_images(clean, sigmas, denoiser):
@@ -137,15 +135,15 @@ def compare(args, data, queries, space_of):
     rows, nearest = [], {}
     advance = util.progress(len(space_of) * (len(queries) + 1), "spaces and kinds of query")
     for space, transform in space_of.items():
-        train = transform(data.images["train"], labels, "train", split="train", sigma=0.0)
+        train = transform(data.images["train"], labels, "train")
         search = NearestNeighbors(n_neighbors=min(max(NEIGHBOURS), len(train)), metric=METRIC).fit(train)
         validation = data.images["validation"], data.labels["validation"]
-        queried = transform(*validation, "validation", split="validation", sigma=0.0)
-        k = choose_k(labels[search.kneighbors(queried, return_distance=False)], validation[1])
+        found = search.kneighbors(transform(*validation, "validation"), return_distance=False)
+        k = choose_k(labels[found], validation[1])
         points, nearest[space] = {}, {}
         for kind, (sigma, images) in queries.items():
             subset = f"test_{kind.replace(' ', '_')}" if sigma else "test"
-            points[kind] = transform(images, truth, subset, split="test", sigma=float(sigma))
+            points[kind] = transform(images, truth, subset, sigma)
             count = min(max(k, SHOWN_NEIGHBOURS), len(train))
             nearest[space][kind] = search.kneighbors(points[kind], count, return_distance=False)
             advance()
@@ -153,7 +151,7 @@ def compare(args, data, queries, space_of):
         described = {"space": space, "dimensions": train.shape[1]}
         rows.append(described | {"method": f"{k}-NN"} | accuracies(votes, truth))
         svm = fit_svm(train, labels, args.seed)  # changes `train`, which is not needed any more
-        predictions = {kind: svm.predict(queried) for kind, queried in points.items()}
+        predictions = {kind: svm.predict(tested) for kind, tested in points.items()}
         rows.append(described | {"method": "linear SVM"} | accuracies(predictions, truth))
         advance()
     return rows, nearest
@@ -166,7 +164,7 @@ def cluster(args, data, transform):
         Fitted `KMeans`, and the images nearest to each centroid, indices (clusters, SHOWN_OF_A_CLUSTER).
     """
     split = data.denoiser_split
-    points = transform(data.images[split], data.labels[split], split, split=split, sigma=0.0)
+    points = transform(data.images[split], data.labels[split], split)
     kmeans = KMeans(args.clusters, random_state=args.seed).fit(points)
     distances = kmeans.transform(points)
     return kmeans, np.argsort(distances, axis=0, kind="stable")[:SHOWN_OF_A_CLUSTER].T
@@ -335,9 +333,9 @@ def main(argv=None):
             "clusters": clusters_figure(data, gallery),
         }
         util.save_figures(draft, args.name, figures)
-        described = {"arguments": util.recorded_arguments(args), "environment": util.environment()}
+        origin = {"arguments": util.recorded_arguments(args), "environment": util.environment()}
         results = {"test_images": count, "accuracy": rows, "clusters": cluster_rows}
-        util.write_record(draft, args.name, described | data.described | results)
+        util.write_record(draft, args.name, origin | {"data": data.identity} | results)
     print(f"Written to {args.out}: figures, clusters, record of {args.name}, and feature maps")
 
 

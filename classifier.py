@@ -233,8 +233,7 @@ def train_round(model, batches, validation, args, number, epochs_before):
     Returns:
         The metrics, a dict for each epoch.
     """
-    first, end = (args.epochs * done // args.rounds for done in (number - 1, number))
-    epochs = end - first
+    epochs = args.epochs * number // args.rounds - args.epochs * (number - 1) // args.rounds
     rate = args.learning_rate * (1 if number == 1 else LATER_ROUNDS_RATE)
     model.compile(
         optimizer=build_optimizer(rate, epochs * len(batches)),
@@ -269,7 +268,7 @@ def train(args, data, inputs):
     if args.start:
         util.start_from(model, args.out, args.start)
     elif not args.features:
-        model.get_layer("whitening").set_weights(whitening(data.sample("train", WHITENED_IMAGES)))
+        model.get_layer("whitening").set_weights(whitening(data.first("train", WHITENED_IMAGES)))
     rows, weights = [], []
     for number in range(1, args.rounds + 1):
         batches = feed(seed=args.seed + number - 1, enlarged=ENLARGED[min(number, ROUNDS) - 1])
@@ -297,23 +296,14 @@ def representation(args):
 
 def training_inputs(args, data):
     """Inputs of the training and validation splits: images, or feature maps read from their files."""
-    splits = ("train", "validation")
-    if not args.features:
-        return {split: data.images[split] for split in splits}
-    return {
-        split: util.feature_maps(
-            args.out,
-            args.features,
-            split,
-            data.images[split],
-            data.labels[split],
-            FEATURE_SIDE,
-            dataset=data.name,
-            split=split,
-            sigma=0.0,
-        )
-        for split in splits
-    }
+    inputs = {split: data.images[split] for split in ("train", "validation")}
+    if args.features:
+        for split, images in inputs.items():
+            described = {"dataset": data.name, "split": split, "sigma": 0.0}
+            inputs[split] = util.feature_maps(
+                args.out, args.features, split, images, data.labels[split], FEATURE_SIDE, **described
+            )
+    return inputs
 
 
 def predict(model, images, represent):
@@ -369,20 +359,24 @@ def accuracy_rows(measured):
     return list(rows.values())
 
 
+def confusion(labels, predicted, class_names):
+    """Confusion matrix (classes, classes) in percent of each true class."""
+    return 100 * confusion_matrix(labels, predicted, labels=range(len(class_names)), normalize="true")
+
+
 def confused_pairs(labels, predicted, class_names):
     """The commonest mistakes: (share of the true class in percent, true name, predicted name), falling."""
-    shares = confusion_matrix(labels, predicted, labels=range(len(class_names)), normalize="true")
+    shares = confusion(labels, predicted, class_names)
     np.fill_diagonal(shares, 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:CONFUSED_PAIRS]
     pairs = [divmod(int(index), len(class_names)) for index in order]
-    return [(100 * shares[a, b], class_names[a], class_names[b]) for a, b in pairs if shares[a, b]]
+    return [(shares[a, b], class_names[a], class_names[b]) for a, b in pairs if shares[a, b]]
 
 
 def confusion_figure(labels, predicted, class_names, title):
-    """Confusion matrix in percent of each true class."""
+    """The confusion matrix as a picture."""
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    shares = 100 * confusion_matrix(labels, predicted, labels=range(len(class_names)), normalize="true")
-    display = ConfusionMatrixDisplay(shares, display_labels=class_names)
+    display = ConfusionMatrixDisplay(confusion(labels, predicted, class_names), display_labels=class_names)
     display.plot(ax=figure.subplots(), values_format=".0f", cmap="Blues", xticks_rotation=45)
     display.im_.set_clim(0, 100)
     display.ax_.set_title(f"{title}: {accuracy(labels, predicted)[0]:.2f} %", fontsize=10)
@@ -465,7 +459,7 @@ def write_run(args, model, rows, validation, denoisers, data, represent):
         util.write_csv(draft / f"logs/{args.name}.csv", rows)
         history = util.history_figure(rows, ("loss", "accuracy"), args.name)
         util.save_figures(draft, args.name, {"history": history})
-        record = util.describe_run(args, rows) | data.described
+        record = util.describe_run(args, rows) | {"data": data.identity}
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
         record |= {"encoder_sha256": encoder_checksum(args)}
         rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]
@@ -500,22 +494,22 @@ def default_name(args):
 
 def parse_args(argv=None):
     argv, parser, add_verb = util.verb_parser(argv, ("train", "evaluate"), __doc__)
-    train = add_verb("train", help="train a classifier and measure it")
-    add_data_options(train)
-    util.add_training_options(train, EPOCHS, BATCH_SIZE)
-    train.add_argument(
+    train_parser = add_verb("train", help="train a classifier and measure it")
+    add_data_options(train_parser)
+    util.add_training_options(train_parser, EPOCHS, BATCH_SIZE)
+    train_parser.add_argument(
         "--rounds",
         type=util.number(int, 1),
         default=ROUNDS,
         help="parts of the training; in each the rate falls to zero, and their weights are averaged",
     )
-    train.add_argument(
+    train_parser.add_argument(
         "--learning-rate",
         type=util.number(float, 0),
         default=LEARNING_RATE,
         help="learning rate at the start",
     )
-    train.add_argument(
+    train_parser.add_argument(
         "--widths",
         type=util.number(int, 1),
         nargs=len(WIDTHS),
@@ -523,10 +517,10 @@ def parse_args(argv=None):
         metavar=("W1", "W2", "W3"),
         help="channels of each pair of convolutions; the first is left out with --features",
     )
-    again = add_verb("evaluate", help="measure a saved classifier")
-    add_data_options(again)
-    util.add_saved_run_options(again)
-    for verb in (train, again):
+    evaluate_parser = add_verb("evaluate", help="measure a saved classifier")
+    add_data_options(evaluate_parser)
+    util.add_saved_run_options(evaluate_parser)
+    for verb in (train_parser, evaluate_parser):
         verb.add_argument(
             "--denoisers",
             type=util.run_name,
@@ -540,9 +534,9 @@ def parse_args(argv=None):
             metavar="NAME",
             help="run whose encoder's feature maps are classified instead of images",
         )
-    args = util.parse_resumable(parser, train, argv, default_name)
+    args = util.parse_resumable(parser, train_parser, argv, default_name)
     if args.verb == "train" and args.epochs < args.rounds:
-        train.error(f"argument --epochs: {args.epochs} are too few for {args.rounds} rounds")
+        train_parser.error(f"argument --epochs: {args.epochs} are too few for {args.rounds} rounds")
     return args
 
 

@@ -81,7 +81,7 @@ TEST_NOISE_SEED, VALIDATION_NOISE_SEED = 0, 1
 SPLIT_SEED = 0
 PCA_VALUES = 20_000_000  # of the images that the printed PCA is fitted to, at most
 PATCH_SPLITS = ("train", "validation", "test")
-VALIDATION = 1000  # images at most, and at most a tenth of the training set
+VALIDATION = 1000  # images or patches at most
 STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
@@ -137,9 +137,9 @@ class Data:
     checksums: dict  # for the run record: MD5 of each file or its pixels, or one of all names and sizes
 
     @property
-    def described(self):
-        """What a run record tells of the data."""
-        return {"data": {"name": self.name, "checksums": self.checksums}}
+    def identity(self):
+        """Name and checksums, as a run record tells them."""
+        return {"name": self.name, "checksums": self.checksums}
 
     @property
     def denoiser_split(self):
@@ -154,7 +154,7 @@ class Data:
             cut[split] = images[:, :height, :width]
         return replace(self, images=cut)
 
-    def sample(self, split, count):
+    def first(self, split, count):
         """The first `count` images of a split."""
         return np.ascontiguousarray(self.images[split][:count])
 
@@ -385,16 +385,16 @@ def _decoded(path):
         raise FileNotFoundError(errno.ENOENT, "no such file, or none of the regular kind", str(path))
     with Image.open(path, formats=FORMATS) as image:
         image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
-        grey_depth = image.mode.startswith("I")  # 16 bits
-        deep = _is_deep(image) and not grey_depth  # colours, which Pillow would cut to 8 bits
+        deep_grey = image.mode.startswith("I")
+        deep_colours = _checked_bits(image) == 16 and not deep_grey  # Pillow would cut them to 8
         if image.format == "TIFF":
             image.getexif()  # while the file is open
-        if not deep or image.format == "PNG":
+        if not deep_colours or image.format == "PNG":
             image.load()  # which turns a TIFF upright and forgets its orientation
         orientation, metadata = _orientation_and_metadata(image)
-        if grey_depth:
+        if deep_grey:
             pixels = np.asarray(image).astype(np.uint16)
-        elif not deep:
+        elif not deep_colours:
             transparent = "A" in image.mode or "transparency" in image.info
             grey = image.mode in ("1", "L", "LA")
             pixels = np.asarray(image.convert(("L" if grey else "RGB") + ("A" if transparent else "")))
@@ -410,8 +410,8 @@ def _decoded(path):
     return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
 
 
-def _is_deep(image):
-    """Whether channels have 16 bits; raises OSError of an image that is rare."""
+def _checked_bits(image):
+    """Bits of a channel, as far as more than 8 are told; raises OSError of an image of a rare kind."""
     tags, info = getattr(image, "tag_v2", {}), image.info
     deep_png = image.format == "PNG" and "16" in str(image.tile[0][3])
     bits = 16 if deep_png else max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
@@ -430,7 +430,7 @@ def _is_deep(image):
     }
     if found := [kind for kind, there in rare.items() if there]:
         raise OSError(", ".join(found))
-    return bits == 16
+    return bits
 
 
 def _orientation_and_metadata(image):
@@ -1058,8 +1058,10 @@ def low_pass(images, radius, keep_variance=False):
     return np.fft.irfft2(spectrum, s=images.shape[1:3], axes=(1, 2))
 
 
-KINDS = (white, grey, jpeg, camera, correlated, poisson, speckle, varying, impulse, uniform)
-NOISE_KINDS = {function.__name__: function for function in KINDS}
+NOISE_KINDS = {
+    kind.__name__: kind
+    for kind in (white, grey, jpeg, camera, correlated, poisson, speckle, varying, impulse, uniform)
+}
 
 
 def halve_grainy(images):
@@ -1131,14 +1133,14 @@ class Batches(keras.utils.PyDataset):
         images: uint8 array (N, H, W, 3).
         batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
         seed: Of order, mirroring and noise.
-        noise: Kinds of noise and their shares of the images, pairs or a dict.
+        noise: Dict of kinds of noise and their shares of the images; by default white noise alone.
         sigma: Lowest and highest strength of noise on the 0-255 scale, as `training_pair` takes it.
     """
 
-    def __init__(self, images, batch_size, seed=0, noise=(("white", 1.0),), sigma=(0, 75)):
+    def __init__(self, images, batch_size, seed=0, noise=None, sigma=(0, 75)):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
-        self.noise, self.sigma = dict(noise), sigma
+        self.noise, self.sigma = noise or {"white": 1.0}, sigma
         self._mapped = getattr(images, "_mmap", None)  # of a NumPy memory map or a view of one
         self._pool = ThreadPoolExecutor(AHEAD) if gpus() else None
         self.go_to(0)
@@ -1285,7 +1287,7 @@ def fit_pca(images, energy=0.95):
 
 def show_samples(data, path):
     """Write a figure of test images, clean and with noise of the protocol's sigmas."""
-    clean = data.sample("test", 8)
+    clean = data.first("test", 8)
     rows = [("clean", clean, None)]
     for sigma in SIGMAS:
         noisy = to_uint8(add_noise(clean, sigma))

@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import util
 from load_data import (
@@ -402,7 +403,7 @@ class Frames(keras.callbacks.Callback):
 
 
 def build_optimizer(learning_rate, steps):
-    """Muon whose learning rate rises linearly, then falls along a cosine to a hundredth over `steps`."""
+    """Muon whose learning rate rises linearly, then falls along a cosine to DECAY of it over `steps`."""
     warmup = min(WARMUP_STEPS, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, steps - warmup), alpha=DECAY, warmup_target=learning_rate, warmup_steps=warmup
@@ -414,12 +415,12 @@ def build_optimizer(learning_rate, steps):
 
 def gif_images(data):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
-    clean = data.sample("validation", SHOWN)
+    clean = data.first("validation", SHOWN)
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
 def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
-    """Train `vae` on clean images, keeping a checkpoint after every epoch; go on from one that is there.
+    """Train `vae` to denoise, keeping a checkpoint after every epoch; go on from one that is there.
 
     Args:
         vae: Built `DenoisingVAE` or `DetailVAE`; has the best weights afterwards.
@@ -464,7 +465,7 @@ def fit_detail(vae, detail, joined, data, args, epochs_before):
     trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, seed=args.seed)
     rows = fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
     if rows:
-        ratio = calibrate(*joined, data.sample("validation", CALIBRATION_IMAGES), args)
+        ratio = calibrate(*joined, data.first("validation", CALIBRATION_IMAGES), args)
         print(f"Spread/skill on validation images was {ratio:.3f}: the draws' deviations are divided by it.")
     vae.encoder.trainable = vae.decoder.trainable = True  # as others will want to train what is saved
     return rows
@@ -762,13 +763,13 @@ def code_rows(encoder, clean):
     return rows
 
 
-def posterior_figure(encoder, decoder, clean, measured):
+def posterior_figure(encoder, decoder, clean, by_sigma):
     """Draws of some images, deviation beside error on one scale, and how well both agree over many images.
 
     Args:
         encoder, decoder: Saved models.
         clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
-        measured: What `measure_posterior` returned for each sigma.
+        by_sigma: Dict of what `measure_posterior` returned.
     """
     noisy = add_noise(clean, SHOWN_SIGMA)
     mean, draws = decoded_draws(encoder, decoder, noisy)
@@ -783,8 +784,8 @@ def posterior_figure(encoder, decoder, clean, measured):
     left, right = figure.subfigures(1, 2, width_ratios=(1.35 * SHOWN, 4.8))
     title = "Draws of the codes; deviation and error in grey levels, on one scale of colours"
     util.rows_figure([*rows, ("clean", clean, None)], title, figure=left)
-    title = f"{len(measured[SHOWN_SIGMA]['expected'])} test images, sigma {SHOWN_SIGMA}"
-    util.curves_figure(calibration_panels(measured[SHOWN_SIGMA]), title, figure=right)
+    title = f"{len(by_sigma[SHOWN_SIGMA]['expected'])} test images, sigma {SHOWN_SIGMA}"
+    util.curves_figure(calibration_panels(by_sigma[SHOWN_SIGMA]), title, figure=right)
     right.axes[1].set_ylim(bottom=0)  # else chance would look like a misfit
     return figure
 
@@ -811,12 +812,12 @@ def calibration_panels(measured):
     ]
 
 
-def expected_figure(measured, title):
+def expected_figure(by_sigma, title):
     """Expected against true PSNR of each test image, a colour for each sigma."""
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axis = figure.subplots()
-    for sigma, of_sigma in measured.items():
-        axis.plot(of_sigma["expected"], of_sigma["posterior mean"], ".", markersize=3, label=f"sigma {sigma}")
+    for sigma, measured in by_sigma.items():
+        axis.plot(measured["expected"], measured["posterior mean"], ".", markersize=3, label=f"sigma {sigma}")
     low, high = axis.get_xlim()
     axis.plot((low, high), (low, high), color="black", linewidth=0.8)
     axis.set(xlabel="expected PSNR in dB, from the noisy image alone", ylabel="true PSNR in dB")
@@ -896,25 +897,25 @@ def write_sample_maps(draft, name, encoder, data):
             name, weights, images, pooling=0, dataset=data.name, split=split, sigma=0.0
         )
         util.write_feature_maps(draft / f"feature_maps/{name}_{split}.h5", encoder, images, labels, origin)
-    figure = feature_figure(encoder, data.sample("test", SHOWN))
+    figure = feature_figure(encoder, data.first("test", SHOWN))
     util.save_figure(figure, draft / f"feature_maps/{name}.png")
 
 
-def write_run(args, models, encoder, decoder, data, rows, record=None):
+def write_run(args, models, encoder, decoder, data, rows, more=None):
     """Write everything that a training run leaves behind, all at once.
 
     Args:
         args: Arguments of the run.
-        models: Dict of autoencoders to compare by run; the last one is the run's own.
+        models: Dict of autoencoders to compare by run, the run's own among them.
         encoder, decoder: Of the run.
         data: `load_data.Data`.
         rows: Metrics of each epoch.
-        record: What else the run record should tell.
+        more: What else the run record should tell.
     """
     name, frames = args.name, util.training_folder(args.out, args.name) / "frames"
     models = {label: util.portable_copy(model) for label, model in models.items()}
     encoder, decoder = util.portable_copy(encoder), util.portable_copy(decoder)
-    parts = {"encoder": encoder, "decoder": decoder, "autoencoder": list(models.values())[-1]}
+    parts = {"encoder": encoder, "decoder": decoder, "autoencoder": models[name]}
     with util.publishing(args.out, name) as draft:
         for part, model in parts.items():
             util.save_model(draft, model, f"{part}_{name}")
@@ -923,26 +924,26 @@ def write_run(args, models, encoder, decoder, data, rows, record=None):
             clean, noisy = gif_images(data)
             write_gifs(draft, name, frames, clean, util.to_uint8(noisy))
         write_sample_maps(draft, name, encoder, data)
-        described = util.describe_run(args, rows) | data.described
-        described["best"] = util.best_row(rows, "val_psnr")
-        described["training_images"] = len(data.images[data.denoiser_split])
-        results, measured = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
+        record = util.describe_run(args, rows) | {"data": data.identity}
+        record["best"] = util.best_row(rows, "val_psnr")
+        record["training_images"] = len(data.images[data.denoiser_split])
+        results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
         if rows:  # none if nothing was trained and the log of --start is missing
             history = util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name)
             util.save_figures(draft, name, {"history": history})
-        draw_results(draft, name, models, encoder, decoder, data, measured)
-        util.write_record(draft, name, described | (record or {}) | results)
+        draw_results(draft, name, models, encoder, decoder, data, by_sigma)
+        util.write_record(draft, name, record | (more or {}) | results)
     print(f"Written to {args.out}: all files of {name}")
 
 
-def draw_results(draft, name, models, encoder, decoder, data, measured):
+def draw_results(draft, name, models, encoder, decoder, data, by_sigma):
     """Write the figures of what `measure_and_print` measured, `figures/NAME_*.png`."""
-    shown = data.sample("test", SHOWN)
+    shown = data.first("test", SHOWN)
     figures = {
         "reconstructions": reconstruction_figure(models, shown),
-        "sweep": sweep_figure(models, data.sample("test", SWEEP_IMAGES)),
-        "posterior": posterior_figure(encoder, decoder, shown, measured),
-        "expected": expected_figure(measured, name),
+        "sweep": sweep_figure(models, data.first("test", SWEEP_IMAGES)),
+        "posterior": posterior_figure(encoder, decoder, shown, by_sigma),
+        "expected": expected_figure(by_sigma, name),
     }
     util.save_figures(draft, name, figures)
 
@@ -951,29 +952,29 @@ def measure_and_print(models, encoder, decoder, data, count):
     """Evaluate on the first `count` test images and print the tables.
 
     Returns:
-        The tables, as a part of the run record, and what `measure_posterior` returns for each sigma.
+        The tables, as a part of the run record, and a dict by sigma of what `measure_posterior` returns.
     """
 
-    def described(images):
+    def title(images):
         return f"{data.name}, {len(images)} images of {images.shape[2]}x{images.shape[1]}"
 
-    clean = data.sample("test", count)
+    clean = data.first("test", count)
     costs = [{"model": label} | cost(model) for label, model in models.items()]
     print(util.format_table(costs))
     table = evaluate(blind(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB and SSIM:")
     print(util.format_table(table), flush=True)
-    results = {"costs": costs, "evaluation": {described(clean): table}}
+    results = {"costs": costs, "evaluation": {title(clean): table}}
     clean = clean[: max(1, POSTERIOR_PIXELS // math.prod(clean.shape[1:3]))]
     draws = f"{POSTERIOR_SAMPLES} draws of each of the first {len(clean):,}"
     print(f"{draws}, at single pixels and means of blocks, CRPS in grey levels:", flush=True)
-    measured = {sigma: measure_posterior(encoder, decoder, clean, sigma) for sigma in POSTERIOR_SIGMAS}
-    calibration = [row for sigma in measured for row in calibration_rows(measured[sigma], sigma)]
-    quality = [quality_row(measured[sigma], sigma) for sigma in measured]
+    by_sigma = {sigma: measure_posterior(encoder, decoder, clean, sigma) for sigma in POSTERIOR_SIGMAS}
+    calibration = [row for sigma in by_sigma for row in calibration_rows(by_sigma[sigma], sigma)]
+    quality = [quality_row(by_sigma[sigma], sigma) for sigma in by_sigma]
     tables = calibration, quality, code_rows(encoder, clean)
     for rows in tables:
         print(util.format_table(rows), end="\n\n")
-    return results | {"posterior": {described(clean): tables}}, measured
+    return results | {"posterior": {title(clean): tables}}, by_sigma
 
 
 def multiply_accumulates(model, shape):
@@ -1017,13 +1018,13 @@ def evaluate_saved(args):
         trained_size = util.size_of_run(record, dataset_name(args.dataset))
         data = load_data(args.dataset, args.data_dir, args.size or trained_size)
         data = data.in_cells(util.stride(parts[0]))
-        results, measured = measure_and_print(models, *parts, data, args.images)
+        results, by_sigma = measure_and_print(models, *parts, data, args.images)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
         with util.publishing(args.out, args.name) as draft:
-            same_data = record.get("data") == data.described["data"] and args.size in (None, trained_size)
+            same_data = record.get("data") == data.identity and args.size in (None, trained_size)
             if same_data and args.images == TEST_IMAGES:
-                draw_results(draft, args.name, models, *parts, data, measured)
+                draw_results(draft, args.name, models, *parts, data, by_sigma)
             util.write_record(draft, args.name, record | results)
 
 
@@ -1049,7 +1050,7 @@ def picture_row(clean, noisy, models, samples, ensemble=False):
     Args:
         clean: uint8 array (H, W, 3), or (H, W, 1).
         noisy: uint8 or float32 array like it.
-        models: Saved autoencoder; with samples, the encoder and decoder of the same run after it.
+        models: As `load_parts` returns them.
         samples: Draws that tell the error to expect.
         ensemble: As for `util.denoise_picture`.
 
@@ -1079,19 +1080,21 @@ def evaluate_pictures(args):
         if any(args.save.resolve().is_relative_to(place) for place in places):
             raise DataError(f"{args.save}: its pictures would be measured, too; choose another --save")
         util.check_writable(args.save, "choose another --save")
+    if args.noisy:
+        sets = {"as given": partial(picture_pairs, args.pictures, args.noisy)}
+    else:
+        sets = {
+            f"{kind} {sigma}": partial(pictures_with_noise, args.pictures, kind, sigma)
+            for kind in args.noise
+            for sigma in SIGMAS
+        }
     for _ in picture_pairs(args.pictures, args.noisy or args.pictures):
         pass  # what is wrong with one is told before the work
     print(f"Denoised by {args.name}", flush=True)
-    noises = {f"{kind} {sigma}": (kind, sigma) for kind in args.noise for sigma in SIGMAS}
-    if args.noisy:
-        noises = {"as given": None}
     summary = []
-    for label, noise in noises.items():
+    for label, pictures in sets.items():
         rows = []
-        pictures = (
-            pictures_with_noise(args.pictures, *noise) if noise else picture_pairs(args.pictures, args.noisy)
-        )
-        for name, clean, noisy in pictures:
+        for name, clean, noisy in pictures():
             row, denoised = picture_row(clean, noisy, models, args.samples, args.self_ensemble)
             rows.append({"noise": label, "picture": name} | row)
             if args.save:
@@ -1116,7 +1119,7 @@ def denoise_file(source, target, args, models):
     Args:
         source, target: Paths.
         args: Arguments of the verb `denoise`.
-        models: Saved autoencoder; with --samples, the encoder and decoder of the same run after it.
+        models: As `load_parts` returns them.
 
     Raises:
         OSError: it cannot be read, or a file to be written exists, or cannot be written.
@@ -1324,7 +1327,7 @@ def default_name(args, kind):
     return PHOTOGRAPHS_RUN if own_pictures else f"{kind}_{dataset_name(args.dataset)}"
 
 
-def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda train: None):
+def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda parser: None):
     """Parse the command line of this script, or of one that trains another kind of model the same way.
 
     Args:
@@ -1334,25 +1337,27 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         add_own_options: Function that adds to the parser of the verb `train`, or changes its defaults.
     """
     argv, parser, add_verb = util.verb_parser(argv, ("train", "evaluate", "denoise"), description)
-    train = add_verb("train", help="train a model and save it")
-    add_train_options(train)
-    add_own_options(train)
-    evaluate = add_verb("evaluate", help="measure a saved model")
-    add_evaluate_options(evaluate)
+    train_parser = add_verb("train", help="train a model and save it")
+    add_train_options(train_parser)
+    add_own_options(train_parser)
+    evaluate_parser = add_verb("evaluate", help="measure a saved model")
+    add_evaluate_options(evaluate_parser)
     add_denoise_options(add_verb("denoise", help="denoise your own pictures"))
-    args = util.parse_resumable(parser, train, argv, lambda args: default_name(args, kind))
+    args = util.parse_resumable(parser, train_parser, argv, lambda args: default_name(args, kind))
     if args.verb == "train" and args.sigma[0] > args.sigma[1]:
-        train.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
+        train_parser.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
     if args.verb == "train" and not (args.epochs or args.start):
-        train.error("argument --epochs: 0 keeps what --start names; add --start, or train for an epoch")
+        train_parser.error(
+            "argument --epochs: 0 keeps what --start names; add --start, or train for an epoch"
+        )
     if args.verb == "evaluate":
         of_pictures = ("noisy", "noise", "save", "samples", "self_ensemble")
         for option in ("dataset", "size", "images") if args.pictures else of_pictures:
-            if getattr(args, option) != evaluate.get_default(option):
+            if getattr(args, option) != evaluate_parser.get_default(option):
                 remedy = "not with --pictures" if args.pictures else "of --pictures only; give them, too"
-                evaluate.error(f"argument --{option.replace('_', '-')}: {remedy}")
-        if args.noisy and args.noise != evaluate.get_default("noise"):
-            evaluate.error("argument --noise: not with --noisy, whose pictures have noise")
+                evaluate_parser.error(f"argument --{option.replace('_', '-')}: {remedy}")
+        if args.noisy and args.noise != evaluate_parser.get_default("noise"):
+            evaluate_parser.error("argument --noise: not with --noisy, whose pictures have noise")
     return args
 
 

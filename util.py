@@ -111,7 +111,7 @@ class ModelError(OSError):
 
 
 def add_run_options(parser):
-    """Add the options that every script spells alike."""
+    """Add --name, --seed, --limit and --out."""
     parser.add_argument(
         "--name", type=run_name, default=None, help="name of the run (default: from the data set)"
     )
@@ -161,14 +161,14 @@ def add_saved_run_options(parser, default="from the data set"):
     )
 
 
-def parse_resumable(parser, train, argv, default_name):
+def parse_resumable(parser, train_parser, argv, default_name):
     """Parse a command line; with --resume, what is not given now is what was given then.
 
     Processes that are to train together join here, before anything is computed.
 
     Args:
         parser: Of the whole command line.
-        train: Parser of the verb `train`.
+        train_parser: Of the verb `train`.
         argv: Arguments, beginning with a verb.
         default_name: Function of the arguments that names a run without --name.
 
@@ -183,8 +183,8 @@ def parse_resumable(parser, train, argv, default_name):
     if args.verb == "train":
         join_processes()
     if args.verb == "train" and args.resume:
-        resumed = None if processes()[0] else resumed_arguments(args.out, args.name)
-        train.set_defaults(**broadcast_json(resumed))
+        resumed = resumed_arguments(args.out, args.name) if is_first() else None
+        train_parser.set_defaults(**broadcast_json(resumed))
         args = parser.parse_args([*argv, "--name", args.name])
     check_same_settings(
         {f"--{key.replace('_', '-')}": value for key, value in recorded_arguments(args).items()}
@@ -281,7 +281,7 @@ def progress(total, label):
 
 
 def fast_precision():
-    """`mixed_bfloat16` where the hardware computes in it (a GPU, a CPU with AVX512-BF16), else `float32`."""
+    """`mixed_bfloat16` for NVIDIA GPUs (Ampere or newer compute in it) and CPUs that do; else `float32`."""
     with contextlib.suppress(OSError):
         if re.search(r"\bavx512_bf16\b|\bamx_bf16\b", Path("/proc/cpuinfo").read_text()):
             return "mixed_bfloat16"
@@ -417,7 +417,7 @@ def publishing(out, name):
         Folder to write to as if it were `out`.
     """
     _disconnect()
-    if processes()[0]:
+    if not is_first():
         sys.exit()
     finish_publishing(out, name)
     draft = Path(out) / "logs" / f".{name}.draft"
@@ -507,7 +507,7 @@ def training_folder(out, name):
 
     Of several processes, all but the first have a scratch folder.
     """
-    return Path(_scratch() if processes()[0] else out) / "logs" / f"{name}.training"
+    return Path(out if is_first() else _scratch()) / "logs" / f"{name}.training"
 
 
 @functools.cache
@@ -516,13 +516,13 @@ def _scratch():
 
 
 @contextlib.contextmanager
-def training(script, args, data, part=None):
+def training(script, args, checksums, part=None):
     """Prepare a training run: lock, working folder, precision, seed. Tell how to resume when it is stopped.
 
     Args:
         script: `__file__` of the script.
         args: Its arguments, with `out`, `name`, `resume`, `seed`, `precision`.
-        data: Checksums of the data.
+        checksums: Of the data.
         part: One of PARTS that the run will write; None where it will write one model.
 
     Raises:
@@ -548,13 +548,13 @@ def training(script, args, data, part=None):
                 raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _keep_arguments(folder / "arguments.json", Path(script).name, args, data)
+        _keep_arguments(folder / "arguments.json", Path(script).name, args, checksums)
         try:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Stopped. Go on with: {shlex.join(command)}") from None
         finally:
-            if processes()[0]:
+            if not is_first():
                 shutil.rmtree(_scratch())
         if (folder / "tensorboard").exists():
             shutil.rmtree(out / f"logs/{args.name}", ignore_errors=True)
@@ -562,16 +562,16 @@ def training(script, args, data, part=None):
         shutil.rmtree(folder)
 
 
-def _keep_arguments(path, script, args, data):
+def _keep_arguments(path, script, args, checksums):
     """Write the arguments of a run, or check that it is resumed by the same script with the same ones.
 
     Raises:
         ModelError: it is not; names the first argument that differs.
     """
-    new = json.loads(json.dumps({"script": script, "data": data} | vars(args), default=str))
+    new = json.loads(json.dumps({"script": script, "data": checksums} | vars(args), default=str))
     # of several processes that train together, the first alone has the file
     interrupted = (_read_dict(path) if args.resume and path.exists() else None) or {}
-    if interrupted.pop("data", data) != data:  # by names or sizes of a folder's files
+    if interrupted.pop("data", checksums) != checksums:  # by names or sizes of a folder's files
         print("The pictures have changed since the run was interrupted, and perhaps their splits.")
     for key, old in interrupted.items():
         other_epochs = "epochs" in key and old  # a stage that was left out stays so
@@ -919,8 +919,8 @@ def start_from(model, out, run, part=None):
 def layer_calls(model, inputs):
     """(layer, inputs, outputs) of every layer of a functional model, those of nested models included.
 
-    Inputs and outputs are lists. A nested model follows its layers, with all their outputs as its inputs, so
-    that what was found out about them passes through it.
+    Inputs and outputs are lists. A nested model comes after its own layers, and their outputs stand as its
+    inputs: a walk that passes results on from inputs to outputs gets out of it again.
     """
     calls = []
 
@@ -1301,6 +1301,16 @@ def processes():
     return jax.process_index(), jax.process_count()
 
 
+def is_first():
+    """Whether this process is alone, or the first of those that train together: the one that writes."""
+    return processes()[0] == 0
+
+
+def is_alone():
+    """Whether no other process trains together with this one."""
+    return processes()[1] == 1
+
+
 def join_processes():
     """Join the processes that train together, if Keras' environment variables say that there are several.
 
@@ -1330,7 +1340,7 @@ def join_processes():
 
 def _disconnect():
     """Wait until all processes are here; from then on none ends because another does."""
-    if processes()[1] > 1:
+    if not is_alone():
         import jax
 
         broadcast_json(None)
@@ -1343,7 +1353,7 @@ def _together():
     try:
         yield
     except RuntimeError as error:
-        if processes()[1] == 1:
+        if is_alone():
             raise
         raise ModelError(
             f"another process has ended ({first_line(error)}); start all of them again with --resume"
@@ -1352,7 +1362,7 @@ def _together():
 
 def broadcast(arrays):
     """Arrays, as the first of several processes has them; their shapes are alike in all."""
-    if processes()[1] == 1:
+    if is_alone():
         return arrays
     from jax.experimental import multihost_utils
 
@@ -1376,7 +1386,7 @@ def check_same_settings(values):
     Raises:
         ModelError: they differ; every process reports it.
     """
-    if processes()[1] == 1:
+    if is_alone():
         return
     from jax.experimental import multihost_utils
 
@@ -1408,8 +1418,8 @@ def _on_all_devices(model, batches, validation):
     """Let `model.fit` use all devices that JAX sees, those of processes that have joined among them.
 
     Each device holds all variables and computes a part of every batch (`keras.distribution.DataParallel`),
-    which gives the weights that one device would give. One process leaves out devices that cannot share a
-    batch evenly.
+    which gives the weights that one device would give. A single process leaves out devices that cannot
+    share a batch evenly; several refuse.
 
     Args:
         model: Built and compiled model; the first process's weights and optimizer count.
@@ -1535,7 +1545,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
                 raise
         remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
         raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
-    if not processes()[0]:
+    if is_first():
         checkpoint.load(checkpoint.best_path)
     model.set_weights(broadcast(model.get_weights()))
     return checkpoint.rows
@@ -1664,10 +1674,8 @@ def save_gif(figures, path):
 
 
 def feature_map_origin(run, weights, images, pooling, **described):
-    """Attributes that tell what a file of feature maps was made from, down to the bits.
-
-    `weights` is the encoder's file, the rest as for `feature_maps`.
-    """
+    """Attributes by which a file of feature maps is known again: run, pooling and what `described` adds, and
+    checksums of the encoder's weights file, `weights`, and of the images."""
     digest = hashlib.blake2b(repr((images.shape, images.dtype.str)).encode(), digest_size=16)
     for start in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[start : start + 1000]))

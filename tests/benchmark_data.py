@@ -99,7 +99,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     data = load_data(args.dataset, args.data_dir, args.size, max(args.limits))
-    clean = data.sample("test", args.images)
+    clean = data.first("test", args.images)
     rows, costs = [], {}
     for limit in args.limits:
         rows.append({"training images": limit})

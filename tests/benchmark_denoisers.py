@@ -170,7 +170,7 @@ def held_out_pictures(folder):
 def test_images(args):
     """What is denoised, as `simple.evaluate` takes it."""
     if args.dataset in BUILT_IN:
-        images = load_data(args.dataset, args.data_dir, args.size).sample("test", args.images)
+        images = load_data(args.dataset, args.data_dir, args.size).first("test", args.images)
         return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     return [picture[None] for picture in held_out_pictures(args.dataset)[: args.images]]
 

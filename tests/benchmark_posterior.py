@@ -92,7 +92,7 @@ def main(argv=None):
     args.sigma, args.noise, args.learning_rate = simple.SIGMA_RANGE, {"white": 1.0}, simple.LEARNING_RATE
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     encoder, decoder = (util.load_model(args.out, run, part) for part in ("encoder", "decoder"))
-    clean = data.sample("test", args.images)
+    clean = data.first("test", args.images)
     with util.training(__file__, args, data.checksums):
         z_parts = encoder.get_layer("z_encoder"), decoder.get_layer("z_decoder")
         rival = PixelGaussian(*z_parts, build_variance(), seed=args.seed)

@@ -374,7 +374,7 @@ def evaluation_of(out, name=NAME, part="evaluation"):
 @pytest.fixture
 def shown(photographs):
     """The test images that the figures of a shrunk run show."""
-    return photographs.sample("test", 2)
+    return photographs.first("test", 2)
 
 
 def test_every_file_of_the_run_is_there(trained):
