@@ -981,8 +981,8 @@ def denoise(model, noisy):
     """
     height, width = noisy.shape[1:3]
     step = stride(model)
-    # the model wants whole cells: repeat the last row and column, and cut them off again
-    padded = np.pad(noisy, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="edge")
+    # the model wants whole cells; mirrored, since repeating one row would make streaks of its noise
+    padded = np.pad(noisy, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="symmetric")
     denoised = model.predict(padded, batch_size=at_once(padded), verbose=0)[:, :height, :width]
     return to_uint8(denoised)
 
@@ -1069,8 +1069,8 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         top, left = window_rows.start, window_columns.start
         window = picture[window_rows, window_columns]
         beyond = window_rows.stop - picture.shape[0], window_columns.stop - picture.shape[1]
-        # the model wants whole cells: repeat the last row and column
-        window = np.pad(window, [(0, max(0, pixels)) for pixels in beyond] + [(0, 0)], mode="edge")
+        # mirrored up to whole cells, as in `denoise`
+        window = np.pad(window, [(0, max(0, pixels)) for pixels in beyond] + [(0, 0)], mode="symmetric")
         window = np.repeat(window[None] / peak, 3 // picture.shape[2], axis=3)
         inside = [
             slice(span.start - start, span.stop - start) for span, start in ((rows, top), (columns, left))
