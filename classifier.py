@@ -493,7 +493,7 @@ def default_name(args):
 
 
 def parse_args(argv=None):
-    argv, parser, add_verb = util.verb_parser(argv, ("train", "evaluate"), __doc__)
+    argv, parser, add_verb = util.verb_parser(argv, __doc__)
     train_parser = add_verb("train", help="train a classifier and measure it")
     add_data_options(train_parser)
     util.add_training_options(train_parser, EPOCHS, BATCH_SIZE)

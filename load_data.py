@@ -52,7 +52,7 @@ from util import (
 import keras
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from scipy.ndimage import convolve, uniform_filter
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
@@ -375,7 +375,9 @@ def read_pixels(path):
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         if getattr(error, "errno", None) or isinstance(error, (MemoryError, DataError)):
             raise
-        message = f"{path}: not a readable image ({first_line(error)}); convert it to plain PNG"
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"no {', '.join(FORMATS)}, or damaged" if unknown else first_line(error)
+        message = f"{path}: not a readable image ({reason}); convert it to plain PNG"
         raise DataError(message) from None
 
 
@@ -465,7 +467,7 @@ def format_for(path, pixels, alpha=None):
     suffix, deep = path.suffix.lower(), pixels.dtype == np.uint16
     kind = SUFFIXES.get(suffix)
     if not kind:
-        raise DataError(f"{path}: no format to write has this ending; choose .png")
+        raise DataError(f"{path}: no format to write has this ending; choose .png, or a folder that is there")
     if deep and kind not in ("PNG", "TIFF"):
         raise DataError(f"{path}: {suffix} holds no 16 bits; choose .png")
     if alpha is not None and (kind == "JPEG" or deep and kind == "TIFF" and pixels.shape[2] == 1):

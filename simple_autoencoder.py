@@ -29,6 +29,7 @@ from functools import partial
 
 import util
 from load_data import (
+    FORMATS,
     NOISE_KINDS,
     SIGMAS,
     SUFFIXES,
@@ -1023,9 +1024,10 @@ def evaluate_saved(args):
             results[section] = record.get(section, {}) | results[section]
         with util.publishing(args.out, args.name) as draft:
             same_data = record.get("data") == data.identity and args.size in (None, trained_size)
-            if same_data and args.images == TEST_IMAGES:
+            if drawn := same_data and args.images == TEST_IMAGES:
                 draw_results(draft, args.name, models, *parts, data, by_sigma)
             util.write_record(draft, args.name, record | results)
+    print(f"Written to {args.out}: record of {args.name}{', and figures' * drawn}")
 
 
 def root_mean_square(errors):
@@ -1128,9 +1130,10 @@ def denoise_file(source, target, args, models):
 
     def check_free():
         for path in (target, deviation_path(target)) if posterior else (target,):
-            if path.exists() and (not args.force or path.samefile(source)):
-                force = "" if path.samefile(source) else ", or --force"
-                raise DataError(f"{path}: is there already; choose another --to{force}")
+            if path.exists() and path.samefile(source):
+                raise DataError(f"{path}: the picture itself, which is never replaced; choose another --to")
+            if path.exists() and not args.force:
+                raise DataError(f"{path}: is there already; choose another --to, or --force")
 
     check_free()
     started = time.monotonic()
@@ -1161,11 +1164,12 @@ def sources_and_targets(pictures, to, samples=0):
         inside = [path]
         if path.is_dir():
             visible = sorted(file for file in path.iterdir() if file.name[0] != ".")
-            inside = [file for file in visible if file.is_file()]
-            for folder in (file for file in visible if file.is_dir()):
-                print(f"{folder}: left out, a folder in a folder", flush=True)
+            inside = [file for file in visible if file.is_file() and file.suffix.lower() in SUFFIXES]
+            for file in sorted({*visible} - {*inside}):
+                reason = "a folder in a folder" if file.is_dir() else f"no {', '.join(FORMATS)} by its name"
+                print(f"{file}: left out, {reason}", flush=True)
             if not inside:
-                raise DataError(f"{path}: there are no files in it; choose another folder")
+                raise DataError(f"{path}: there are no pictures in it; choose another folder")
         sources += inside
     if len(sources) == 1 and sources == pictures and to.suffix and not to.is_dir():
         return [(sources[0], to)]
@@ -1180,9 +1184,10 @@ def sources_and_targets(pictures, to, samples=0):
 
 
 def denoise_pictures(args):
-    """Denoise image files; one that fails is named, and the others go on.
+    """Denoise image files; one of several that fails is named, and the others go on.
 
     Raises:
+        OSError: the only one has failed.
         DataError: some have failed.
         util.ModelError: no such model, or the folder to write to cannot be written to.
     """
@@ -1198,8 +1203,10 @@ def denoise_pictures(args):
         except BrokenPipeError:  # nobody reads what is printed
             raise
         except Exception as error:  # the others go on whatever it is, as too little memory
-            failed += 1
             failure = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
+            if len(pairs) == 1:
+                raise failure from None
+            failed += 1
             print(util.error_line(failure), file=sys.stderr, flush=True)
     if failed:
         raise DataError(f"{args.to}: {failed} of {len(pairs)} pictures are missing, for the reasons above")
@@ -1251,7 +1258,7 @@ def add_ensemble_option(parser):
     parser.add_argument(
         "--self-ensemble",
         action="store_true",
-        help="mean of the results for a picture in its eight positions, in eight times the time",
+        help="mean of the results for the picture mirrored and turned in eight ways, in eight times the time",
     )
 
 
@@ -1275,7 +1282,7 @@ def add_evaluate_options(parser):
         nargs="+",
         default=["white"],
         metavar="KIND",
-        help=f"kinds of noise to add to --pictures: {', '.join(NOISE_KINDS)}",
+        help=f"noise to add to --pictures, of sigma {SIGMAS[0]} to {SIGMAS[-1]}: {', '.join(NOISE_KINDS)}",
     )
     parser.add_argument(
         "--save", type=util.given_path, metavar="FOLDER", help="write noisy and denoised --pictures there"
@@ -1285,7 +1292,8 @@ def add_evaluate_options(parser):
         type=util.number(int, 0),
         default=0,
         metavar="K",
-        help="tell the error to expect of --pictures from K draws of the code",
+        help="tell the error to expect of --pictures from K draws of the code, and the share of pixels whose "
+        "error is below 1.645 times that, 0.9 if it is right",
     )
     add_ensemble_option(parser)
 
@@ -1336,7 +1344,7 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
         description: Docstring of the script.
         add_own_options: Function that adds to the parser of the verb `train`, or changes its defaults.
     """
-    argv, parser, add_verb = util.verb_parser(argv, ("train", "evaluate", "denoise"), description)
+    argv, parser, add_verb = util.verb_parser(argv, description)
     train_parser = add_verb("train", help="train a model and save it")
     add_train_options(train_parser)
     add_own_options(train_parser)

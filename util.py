@@ -203,7 +203,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def verb_parser(argv, verbs, description):
+def verb_parser(argv, description):
     """Parser of a script that knows verbs, of which `train` is meant where none is given.
 
     Returns:
@@ -211,7 +211,7 @@ def verb_parser(argv, verbs, description):
         help.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in (*verbs, "-h", "--help"):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "train")
     parser = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0],  # none under python -OO
@@ -1053,7 +1053,14 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         Array like `picture`; and the error to expect at each pixel, float16 (H, W) in grey levels of 0-255:
         the root of the mean square of what draws differ from the result. None without `posterior`. With
         `ensemble` it is some percent too large, since the draws are of one position.
+
+    Raises:
+        ValueError: `picture` is of another shape or type.
     """
+    types = ("uint8", "uint16", "float32")
+    if picture.ndim != 3 or picture.shape[2] not in (1, 3) or picture.dtype.name not in types:
+        wanted = "(H, W, 3) or (H, W, 1), uint8, uint16 or float32"
+        raise ValueError(f"picture: {wanted}, not {picture.shape}, {picture.dtype}")
     is_integer = np.issubdtype(picture.dtype, np.integer)
     peak = np.float32(np.iinfo(picture.dtype).max if is_integer else 1)
     result = np.empty_like(picture)

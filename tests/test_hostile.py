@@ -21,7 +21,6 @@ import load_data
 import simple_autoencoder as simple
 import stl10_input
 import util
-from load_data import DataError
 
 import h5py
 import keras
@@ -72,9 +71,13 @@ def grey_of_12_bits(path):
 def denoise(trained, *sources, to):
     """Call the verb `denoise`; what went wrong, line by line."""
     command = ["denoise", *sources, "--to", to, "--out", trained.out, f"--name={NAME}"]
-    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(DataError):
-        printed_by(simple, *command)
-    return err.getvalue().splitlines()
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            printed_by(simple, *command)
+    except OSError as error:
+        return [*err.getvalue().splitlines(), util.error_line(error)]
+    return []
 
 
 def test_rare_pictures_are_refused_by_name_and_start_nothing(trained, tmp_path, monkeypatch):
@@ -97,7 +100,7 @@ def test_rare_pictures_are_refused_by_name_and_start_nothing(trained, tmp_path, 
     png(source / "bomb.png", 8, COLOURS, b"tIME", bytes(7), sides=(60_000, 60_000))
     rare = sorted(source.iterdir())
     Image.fromarray(COLOURS).save(source / "z.png")
-    told = denoise(trained, source, to=target)
+    *told, _ = denoise(trained, *rare, source / "z.png", to=target)
     assert [line.split(": not a readable image (")[0] for line in told] == [str(path) for path in rare]
     assert all(line.endswith("; convert it to plain PNG") for line in told)
     assert [path.name for path in target.iterdir()] == ["z.png"]
@@ -120,7 +123,7 @@ def test_picture_that_fails_for_any_reason_does_not_stop_the_others(trained, tmp
 
     monkeypatch.setattr(util, "denoise_picture", without_memory)
     sources = [tmp_path / name for name in ("a.jpg", "b.png", "c.webp", "d.png", "e.png")]
-    told = denoise(trained, *sources, to=tmp_path / "out")
+    *told, _ = denoise(trained, *sources, to=tmp_path / "out")
     assert told[0].startswith(f"{tmp_path}/out/a.jpg: JPEG cannot hold it (")
     assert told[1].startswith(f"{tmp_path}/b.png: no such file, or none of the regular kind")
     assert told[2].startswith(f"{tmp_path}/out/c.webp: WEBP cannot hold it (")

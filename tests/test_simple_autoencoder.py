@@ -817,6 +817,7 @@ def test_wrong_usage_is_told(arguments):
 
 
 def test_train_is_meant_when_no_verb_is_given():
+    assert "invalid choice: 'denose'" in usage_error(simple.parse_args, ["denose", "a.png"])
     assert simple.parse_args([]).verb == "train"
     assert simple.parse_args(["--epochs", "3"]).epochs == 3
     assert simple.parse_args(["evaluate"]).name == "simple_cifar10"
@@ -850,9 +851,8 @@ def test_denoise_writes_what_it_can_and_names_the_rest(trained, tmp_path, capsys
         np.testing.assert_array_equal(iio.imread(target / name), expected)
     before = (target / "b.jpg").read_bytes()
     (target / "b.jpg").write_bytes(b"mine")
-    told_line(denoise, trained, source / "b.jpg", target)
-    told = capsys.readouterr().err
-    assert told == f"{target / 'b.jpg'}: is there already; choose another --to, or --force\n"
+    line = told_line(denoise, trained, source / "b.jpg", target)
+    assert line == f"{target / 'b.jpg'}: is there already; choose another --to, or --force"
     printed = denoise(trained, source / "b.jpg", target, "--force")
     assert re.fullmatch(rf"Denoising by {NAME}\n{target / 'b.jpg'}: 20x30, \d\.\d s\n", printed)
     assert (target / "b.jpg").read_bytes() == before
@@ -872,12 +872,12 @@ def test_self_ensemble_denoises_and_is_measured(trained, test_set, tmp_path):
     assert float(row.split("|")[4]) == pytest.approx(util.psnr(picture[None], expected[None])[0], abs=0.006)
 
 
-def test_denoise_never_overwrites_its_input(trained, tmp_path, capsys):
+def test_denoise_never_overwrites_its_input(trained, tmp_path):
     path = tmp_path / "a.png"
     iio.imwrite(path, random_images(8, 8, 3))
     before = path.read_bytes()
-    told_line(denoise, trained, path, tmp_path, "--force")
-    assert capsys.readouterr().err == f"{path}: is there already; choose another --to\n"
+    line = told_line(denoise, trained, path, tmp_path, "--force")
+    assert line == f"{path}: the picture itself, which is never replaced; choose another --to"
     assert path.read_bytes() == before
 
 
@@ -902,7 +902,7 @@ def test_resumed_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
     assert args.dataset == str(tmp_path / "mine")
 
 
-def test_expected_error_is_told_and_written_beside_the_picture(trained, tmp_path, capsys):
+def test_expected_error_is_told_and_written_beside_the_picture(trained, tmp_path):
     source, first, second = tmp_path / "a ä.jpg", tmp_path / "first", tmp_path / "second"
     iio.imwrite(source, random_images(9, 14, 3))
     printed = [denoise(trained, source, target, "--samples=3") for target in (first, second)][0]
@@ -920,8 +920,8 @@ def test_expected_error_is_told_and_written_beside_the_picture(trained, tmp_path
         assert (first / name).read_bytes() == (second / name).read_bytes()
     (first / "a ä.jpg").unlink()
     written.write_bytes(b"mine")
-    assert "1 of 1 pictures are missing" in told_line(denoise, trained, source, first, "--samples=3")
-    assert f"{written}: is there already; choose another --to, or --force" in capsys.readouterr().err
+    line = told_line(denoise, trained, source, first, "--samples=3")
+    assert line == f"{written}: is there already; choose another --to, or --force"
     assert list(first.iterdir()) == [written]
     assert written.read_bytes() == b"mine"
     denoise(trained, source, first, "--samples=3", "--force")
@@ -953,21 +953,26 @@ def test_target_that_cannot_be_written_is_told_before_the_work(tmp_path):
     assert re.search("file: cannot be written to .*; choose another --to", line)
 
 
-def test_format_that_cannot_hold_a_picture_is_told_before_the_work(trained, tmp_path, monkeypatch, capsys):
+def test_format_that_cannot_hold_a_picture_is_told_before_the_work(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(util, "denoise_picture", None)
     iio.imwrite(tmp_path / "a.png", random_images(8, 8, 3))
     target = tmp_path / "results.v2"
-    told_line(denoise, trained, tmp_path / "a.png", target)
-    assert capsys.readouterr().err == f"{target}: no format to write has this ending; choose .png\n"
+    line = told_line(denoise, trained, tmp_path / "a.png", target)
+    assert line == f"{target}: no format to write has this ending; choose .png, or a folder that is there"
 
 
 def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path, capsys):
-    with pytest.raises(OSError, match="there are no files in it"):
+    with pytest.raises(OSError, match="there are no pictures in it"):
         simple.sources_and_targets([tmp_path], tmp_path / "out")
-    (tmp_path / "a.png").touch()
+    for name in ("a.PNG", "notes.txt"):
+        (tmp_path / name).touch()
     (tmp_path / "nested").mkdir()
-    assert len(simple.sources_and_targets([tmp_path], tmp_path / "out")) == 1
-    assert capsys.readouterr().out == f"{tmp_path / 'nested'}: left out, a folder in a folder\n"
+    found = simple.sources_and_targets([tmp_path], tmp_path / "out")
+    assert found == [(tmp_path / "a.PNG", tmp_path / "out/a.PNG")]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'nested'}: left out, a folder in a folder",
+        f"{tmp_path / 'notes.txt'}: left out, no PNG, JPEG, TIFF, WEBP by its name",
+    ]
     pictures = [tmp_path / folder / "a.png" for folder in ("first", "second")]
     with pytest.raises(OSError, match="2 results would have this name"):
         simple.sources_and_targets(pictures, tmp_path / "out")

@@ -214,6 +214,22 @@ def test_picture_of_any_size_is_denoised_as_a_whole(stride, height, width, cells
         np.testing.assert_array_equal(result, picture)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 8), "uint8"),
+        ((8, 8, 4), "uint8"),
+        ((1, 8, 8, 3), "float32"),
+        ((8, 8, 3), float),
+        ((8, 8, 3), int),
+    ],
+)
+def test_what_is_no_picture_is_refused(shape, dtype):
+    picture = np.zeros(shape, dtype)
+    with pytest.raises(ValueError, match="uint8, uint16 or float32, not "):
+        util.denoise_picture(MODELS[2], picture)
+
+
 @pytest.mark.parametrize("tile", [8, None])
 def test_self_ensemble_is_the_mean_over_quarter_turns_of_the_picture_and_its_mirror_image(tile):
     picture = random_images(20, 28, 3)
