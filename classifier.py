@@ -485,6 +485,7 @@ def evaluate_saved(args, data, denoisers, represent):
             for key, rows in evaluate(draft, args, model, denoisers, data, represent).items():
                 evaluations[key] = replaced(evaluations.get(key, []), rows)
             util.write_record(draft, args.name, record | {"evaluation": evaluations})
+    print(f"Written to {args.out}: record and figures of {args.name}")
 
 
 def default_name(args):
