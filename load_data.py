@@ -376,7 +376,7 @@ def read_pixels(path):
         if getattr(error, "errno", None) or isinstance(error, (MemoryError, DataError)):
             raise
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"no {', '.join(FORMATS)}, or damaged" if unknown else first_line(error)
+        reason = "not PNG, JPEG, TIFF or WebP, or damaged" if unknown else first_line(error)
         message = f"{path}: not a readable image ({reason}); convert it to plain PNG"
         raise DataError(message) from None
 

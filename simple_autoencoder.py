@@ -29,7 +29,6 @@ from functools import partial
 
 import util
 from load_data import (
-    FORMATS,
     NOISE_KINDS,
     SIGMAS,
     SUFFIXES,
@@ -1166,7 +1165,7 @@ def sources_and_targets(pictures, to, samples=0):
             visible = sorted(file for file in path.iterdir() if file.name[0] != ".")
             inside = [file for file in visible if file.is_file() and file.suffix.lower() in SUFFIXES]
             for file in sorted({*visible} - {*inside}):
-                reason = "a folder in a folder" if file.is_dir() else f"no {', '.join(FORMATS)} by its name"
+                reason = "a folder in a folder" if file.is_dir() else "not named as PNG, JPEG, TIFF or WebP"
                 print(f"{file}: left out, {reason}", flush=True)
             if not inside:
                 raise DataError(f"{path}: there are no pictures in it; choose another folder")

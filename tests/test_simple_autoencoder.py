@@ -971,7 +971,7 @@ def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path, capsys):
     assert found == [(tmp_path / "a.PNG", tmp_path / "out/a.PNG")]
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path / 'nested'}: left out, a folder in a folder",
-        f"{tmp_path / 'notes.txt'}: left out, no PNG, JPEG, TIFF, WEBP by its name",
+        f"{tmp_path / 'notes.txt'}: left out, not named as PNG, JPEG, TIFF or WebP",
     ]
     pictures = [tmp_path / folder / "a.png" for folder in ("first", "second")]
     with pytest.raises(OSError, match="2 results would have this name"):
