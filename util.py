@@ -969,6 +969,15 @@ def at_once(images, count=BATCH, side=BATCH_SIDE):
     return max(1, min(count, count * side**2 // math.prod(images.shape[1:3])))
 
 
+def whole_cells(images, step):
+    """Images (N, H, W, C), mirrored at the bottom and the right up to multiples of `step` pixels.
+
+    To repeat the last row and column instead would make streaks of their noise.
+    """
+    height, width = images.shape[1:3]
+    return np.pad(images, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="symmetric")
+
+
 def denoise(model, noisy):
     """Denoise a batch of images of any size.
 
@@ -980,9 +989,7 @@ def denoise(model, noisy):
         uint8 array (N, H, W, 3): the output clipped and rounded, as the protocol measures it.
     """
     height, width = noisy.shape[1:3]
-    step = stride(model)
-    # the model wants whole cells; mirrored, since repeating one row would make streaks of its noise
-    padded = np.pad(noisy, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="symmetric")
+    padded = whole_cells(noisy, stride(model))
     denoised = model.predict(padded, batch_size=at_once(padded), verbose=0)[:, :height, :width]
     return to_uint8(denoised)
 
@@ -1074,11 +1081,8 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
     advance = progress(len(spans), "tiles") if len(spans) > 1 else lambda: None
     for (window_rows, rows), (window_columns, columns) in spans:
         top, left = window_rows.start, window_columns.start
-        window = picture[window_rows, window_columns]
-        beyond = window_rows.stop - picture.shape[0], window_columns.stop - picture.shape[1]
-        # mirrored up to whole cells, as in `denoise`
-        window = np.pad(window, [(0, max(0, pixels)) for pixels in beyond] + [(0, 0)], mode="symmetric")
-        window = np.repeat(window[None] / peak, 3 // picture.shape[2], axis=3)
+        window = whole_cells(picture[window_rows, window_columns][None], step)
+        window = np.repeat(window / peak, 3 // picture.shape[2], axis=3)
         inside = [
             slice(span.start - start, span.stop - start) for span, start in ((rows, top), (columns, left))
         ]

@@ -120,9 +120,7 @@ def test_rounding_stays_in_range_and_is_stable(values):
 def padded_by_hand(pictures, stride):
     """Pictures (N, H, W, C), mirrored at the last row and column up to whole cells."""
     rows, columns = (
-        (list(range(side)) + 2 * list(range(side))[::-1])[: -(-side // stride) * stride]
-        if side > 1
-        else [0] * stride
+        ([*range(side), *reversed(range(side))] * stride)[: -(-side // stride) * stride]
         for side in pictures.shape[1:3]
     )
     return pictures[:, rows][:, :, columns]
