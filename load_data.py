@@ -38,7 +38,6 @@ from util import (
     first_line,
     format_table,
     given_path,
-    gpus,
     number,
     progress,
     psnr_captions,
@@ -86,6 +85,7 @@ STL10_SIZES = (48, 50, 72, 96)
 DEFAULT_SIZE = 48  # of patches, and of STL-10
 MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder, about
+MARGIN = 16  # pixels by which a training patch may exceed the place that is drawn in it, in every epoch anew
 SHRINKING = (2, 4)  # training and validation patches are cut from 1/2 and 1/4 of the size, too
 FEWEST_TO_HOLD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
 MAX_JPEG_EXIF = 65_533  # bytes
@@ -96,7 +96,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;1
 MAX_PIXELS = 250_000_000  # of a picture
 SRGB_GAMMA = 0.45455
 DESCRIPTIVE_TAGS = {270, 271, 272, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF, from title to GPS
-RESIZED_VERSION, PATCHES_VERSION = 1, 4  # of the caches
+RESIZED_VERSION = 1  # of the cache
 AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
 # kinds of noise
@@ -164,7 +164,7 @@ def evenly(total, count):
     return np.linspace(0, total, min(count, total), endpoint=False).astype(int)
 
 
-def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
+def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, margin=0):
     """Load a data set, downloading it if it is not there.
 
     The validation split is drawn from the training images with a fixed seed, before `limit`, so that it is
@@ -176,6 +176,7 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
         size: STL-10: side that images are resized to, one of 48, 50, 72, 96. Photographs: side of a patch.
             CIFAR-10 is 32.
         limit: Use the first so many training images only.
+        margin: Photographs: by how many pixels training patches exceed `size`, for `Batches` to choose from.
 
     Returns:
         `Data`.
@@ -189,9 +190,9 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None):
     elif dataset == "stl10":
         data = _load_stl10(data_dir, size or DEFAULT_SIZE)
     elif dataset == "photos":
-        data = _load_photos(size or DEFAULT_SIZE)
+        data = _load_photos(size or DEFAULT_SIZE, margin)
     else:
-        data = _load_folder(Path(dataset), data_dir, size or DEFAULT_SIZE)
+        data = _load_folder(Path(dataset), size or DEFAULT_SIZE, margin)
     if limit is not None:
         split = data.denoiser_split
         available = len(data.images[split])
@@ -607,13 +608,19 @@ def shrunk(picture, divisor):
     return _resized(picture, width, height)
 
 
-def _patches_of(picture, size, split, at_most, rng):
-    """Cut a picture (H, W, 3) into a list of patches (size, size, 3), views of it; `at_most` are drawn.
+def _patches_of(picture, size, margin, split, rng, at_most):
+    """Cut a picture (H, W, 3) into a list of patches, views of it; `at_most` are drawn.
 
-    Training patches overlap by half, others do not. For training and validation, copies of a half and a
-    quarter of the size are cut as well, in proportionally smaller steps: their patches overlap more.
+    Training patches are `margin` pixels larger than `size` and overlap by half, others do not. For training
+    and validation, copies of a half and a quarter of the size are cut as well, in proportionally smaller
+    steps: their patches overlap more.
     """
-    step = size // 2 if split == "train" else size
+    step = size
+    if split == "train":
+        step, size = size // 2, size + margin
+        lacking = [(0, max(0, size - side)) for side in picture.shape[:2]]
+        if min(picture.shape[:2]) >= size - margin:
+            picture = np.pad(picture, (*lacking, (0, 0)), mode="symmetric")
     copies = [(picture, step)]
     for divisor in SHRINKING if split != "test" else ():
         if min(picture.shape[:2]) // divisor >= size:
@@ -643,7 +650,7 @@ def split_pictures(labels):
     return splits
 
 
-def _split_and_cut(pictures, labels_of, size):
+def _split_and_cut(pictures, labels_of, size, margin):
     """Split pictures by `split_pictures`, then cut them.
 
     If there are fewer than FEWEST_TO_HOLD_OUT, each is divided into three vertical bands instead.
@@ -652,36 +659,32 @@ def _split_and_cut(pictures, labels_of, size):
         pictures: Iterable of uint8 arrays (H, W, 3).
         labels_of: Their labels.
         size: Side of a patch.
+        margin: By how many pixels training patches are larger.
 
-    Yields:
-        Split, label, and a list of patches uint8 (size, size, 3).
+    Returns:
+        Two dicts by split: patches uint8 (N, side, side, 3), labels int64 (N,).
     """
     count, splits = len(labels_of), split_pictures(labels_of)
-    rng = np.random.default_rng(SPLIT_SEED)
-    for picture, label, split_of_picture in zip(pictures, labels_of, splits, strict=True):
-        if count >= FEWEST_TO_HOLD_OUT:
-            regions = {split_of_picture: picture}
-        else:
-            first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
-            bands = np.split(picture, [first, second], axis=1)
-            regions = dict(zip(PATCH_SPLITS, bands, strict=True))
-        for split, region in regions.items():
-            yield split, label, _patches_of(region, size, split, max(1, MAX_PATCHES // count), rng)
-
-
-def _patches_in_memory(pictures, labels_of, size):
-    """What `_split_and_cut` yields: two dicts by split, patches uint8 (N, size, size, 3), labels (N,)."""
     patches, labels = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
-    for split, label, cuts in _split_and_cut(pictures, labels_of, size):
-        patches[split] += cuts
-        labels[split] += [label] * len(cuts)
-    patches = {split: np.array(cuts, np.uint8).reshape(-1, size, size, 3) for split, cuts in patches.items()}
+    for index, (picture, label) in enumerate(zip(pictures, labels_of, strict=True)):
+        regions = {splits[index]: picture}
+        if count < FEWEST_TO_HOLD_OUT:
+            first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
+            regions = dict(zip(PATCH_SPLITS, np.split(picture, [first, second], axis=1), strict=True))
+        for split, region in regions.items():
+            rng = np.random.default_rng((SPLIT_SEED, index))
+            cut = _patches_of(region, size, margin, split, rng, max(1, MAX_PATCHES // count))
+            patches[split].append(np.array(cut, np.uint8))
+            labels[split] += [label] * len(cut)
+    for split, cut in patches.items():
+        side = size + margin * (split == "train")
+        patches[split] = np.concatenate([np.empty((0, side, side, 3), np.uint8), *filter(len, cut)])
     return patches, {split: np.array(listed, np.int64) for split, listed in labels.items()}
 
 
-def _load_photos(size):
+def _load_photos(size, margin):
     photographs = load_sample_images()
-    images, labels = _patches_in_memory(photographs.images, range(len(photographs.images)), size)
+    images, labels = _split_and_cut(photographs.images, range(len(photographs.images)), size, margin)
     checksums = {
         Path(name).name: hashlib.md5(picture).hexdigest()
         for name, picture in zip(photographs.filenames, photographs.images, strict=True)
@@ -737,71 +740,30 @@ def classes_of(files, folder):
     return {path: name if path.parent == folder else path.relative_to(folder).parts[0] for path in files}
 
 
-def _load_folder(folder, data_dir, size):
-    """Patches of a user's own images, cached in `data_dir`.
+def _load_folder(folder, size, margin):
+    """Patches of a user's own images.
 
     Subfolders, if any, are the classes; what lies beside them is one more, of the data set's name.
     """
     files = image_files(folder, f"--dataset is {', '.join(BUILT_IN)} or a folder of images")
-    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
-    listing = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
-    place, content = (
-        hashlib.md5(repr(told).encode()).hexdigest()[:12] for told in (os.path.realpath(folder), listing)
-    )
-    name = dataset_name(folder)
-    kind = f"size{size}_v{PATCHES_VERSION}"
-    stem = f"{name}_{place}_{content}_{kind}"
     class_of = classes_of(files, folder)
     classes = sorted(set(class_of.values()))
-    cache = {split: data_dir / "cache" / f"{stem}_{split}.npy" for split in PATCH_SPLITS}
-    cached_labels = {split: path.with_name(f"{path.stem}_labels.npy") for split, path in cache.items()}
-    if not all(path.exists() for path in (*cache.values(), *cached_labels.values())):
-        print(
-            f"Cutting {len(files):,} images of {folder} into {size}x{size} patches in {data_dir / 'cache'}",
-            flush=True,
-        )
-        for stale in (data_dir / "cache").glob(f"*_{place}_*_{kind}_*.npy"):  # of earlier pictures
-            stale.unlink(missing_ok=True)
-        labels = [classes.index(class_of[path]) for path in files]
-        _write_patches(
-            _split_and_cut(map(_readable_picture, files), labels, size), size, cache, cached_labels
-        )
-    images = {split: _open_cache(path, (None, size, size, 3)) for split, path in cache.items()}
-    labels = {
-        split: np.array(_open_cache(path, (len(images[split]),), np.int64))
-        for split, path in cached_labels.items()
-    }
+    print(f"Cutting {len(files):,} images of {folder} into {size}x{size} patches", flush=True)
+    labels = [classes.index(class_of[path]) for path in files]
+    images, labels = _split_and_cut(map(_readable_picture, files), labels, size, margin)
     # a name that is no Unicode is shown with escapes
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
-    portable = repr([(name, stat.st_size) for name, stat in stats])  # without place and dates
-    checksums = {"names and sizes": hashlib.md5(portable.encode()).hexdigest()}
-    return _shuffle_held_out(Data(name, images, labels, classes, checksums), folder, size)
-
-
-def _write_patches(cuts, size, cache, cached_labels):
-    """Write what `_split_and_cut` yields to `.npy` files by split, as it comes."""
-    labels = {split: [] for split in cache}
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for split, path in cache.items():
-            files[split] = stack.enter_context(open(stack.enter_context(atomic(path)), "wb"))
-            _write_header(files[split], (0, size, size, 3))
-        for split, label, patches in cuts:
-            for patch in patches:
-                files[split].write(np.ascontiguousarray(patch))
-            labels[split] += [label] * len(patches)
-        for split, file in files.items():
-            with atomic(cached_labels[split]) as path, open(path, "wb") as labels_file:
-                np.save(labels_file, np.array(labels[split], np.int64))
-            file.seek(0)
-            _write_header(file, (len(labels[split]), size, size, 3))
+    listing = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files])
+    checksums = {"names and sizes": hashlib.md5(listing.encode()).hexdigest()}
+    data = Data(dataset_name(folder), images, labels, classes, checksums)
+    return _shuffle_held_out(data, folder, size)
 
 
 def _readable_picture(path):
     """The picture in a file; an unreadable file is named and gives an empty picture."""
     try:
         return read_picture(path)
-    except DataError as error:  # what cannot be opened now is raised: the cache would lack it for ever
+    except DataError as error:
         print(f"Left out: {error}", flush=True)
         return np.empty((0, 0, 3), np.uint8)
 
@@ -1066,6 +1028,27 @@ NOISE_KINDS = {
 }
 
 
+PHOTOGRAPHS_NOISE = {
+    "white": 0.42,
+    "camera": 0.28,
+    "grey": 0.14,
+    "jpeg": 0.06,
+    "correlated": 0.03,
+    "poisson": 0.015,
+    "speckle": 0.015,
+    "varying": 0.015,
+    "impulse": 0.015,
+    "uniform": 0.01,
+}
+
+
+def noise_shares(names):
+    """Shares by kind of noise: those of PHOTOGRAPHS_NOISE for the name `photographs`, else equal ones."""
+    if names == ["photographs"]:
+        return PHOTOGRAPHS_NOISE
+    return dict.fromkeys(names, 1 / len(set(names)))
+
+
 def halve_grainy(images):
     """Images (N, H, W, 3) in [0, 1], H and W even; a grainy one at half its size, mirrored to fill the frame.
 
@@ -1120,31 +1103,46 @@ def validation_pair(images, noise, sigma):
     return noisy, clean
 
 
+def cut_at_random(images, shape, rng):
+    """Images (N, H, W, C) cut to a height and width, each at a place of its own."""
+    height, width = shape
+    tops, lefts = (
+        rng.integers(0, side - kept, len(images), endpoint=True)
+        for side, kept in zip(images.shape[1:3], shape, strict=True)
+    )
+    places = zip(images, tops, lefts, strict=True)
+    return np.stack([image[top : top + height, left : left + width] for image, top, left in places])
+
+
 class Batches(keras.utils.PyDataset):
-    """Feed `fit` with images and their noise, in a new order every epoch (`go_to`), half of them mirrored.
+    """Feed `fit` with square images and their noise, in a new order every epoch (`go_to`).
+
+    Each image is mirrored and turned at random, into one of eight positions.
 
     A batch is ((images, sigma), clean), float32. White noise is left to the training graph: its images are
     clean, and sigma (N, 1, 1, 1) is its standard deviation on the scale of the images, [0, 1]. Other noise is
     in the images, and sigma is 0.
 
     What is drawn depends on seed, epoch and position alone, so that a resumed training sees what an
-    uninterrupted one would have seen. Images may be memory-mapped and larger than memory. Where a GPU
-    trains, all cores prepare the next batches, AHEAD at most.
+    uninterrupted one would have seen. Images may be memory-mapped and larger than memory. While one batch
+    trains, AHEAD others are prepared.
 
     Args:
         images: uint8 array (N, H, W, 3).
         batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
-        seed: Of order, mirroring and noise.
+        seed: Of order, positions and noise.
         noise: Dict of kinds of noise and their shares of the images; by default white noise alone.
         sigma: Lowest and highest strength of noise on the 0-255 scale, as `training_pair` takes it.
+        shape: Height and width to cut images to, at places that are drawn in each epoch anew; by default
+            they stay as they are.
     """
 
-    def __init__(self, images, batch_size, seed=0, noise=None, sigma=(0, 75)):
+    def __init__(self, images, batch_size, seed=0, noise=None, sigma=(0, 75), shape=None):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
-        self.noise, self.sigma = noise or {"white": 1.0}, sigma
+        self.noise, self.sigma, self.shape = noise or {"white": 1.0}, sigma, shape or images.shape[1:3]
         self._mapped = getattr(images, "_mmap", None)  # of a NumPy memory map or a view of one
-        self._pool = ThreadPoolExecutor(AHEAD) if gpus() else None
+        self._pool = ThreadPoolExecutor(AHEAD)
         self.go_to(0)
 
     def go_to(self, epoch):
@@ -1156,8 +1154,6 @@ class Batches(keras.utils.PyDataset):
         return len(self.images) // self.batch_size
 
     def __getitem__(self, index):
-        if not self._pool:
-            return self.prepare(index)
         for ahead in range(index, min(index + AHEAD, len(self))):
             if ahead not in self._coming:
                 self._coming[ahead] = self._pool.submit(self.prepare, ahead)
@@ -1165,10 +1161,11 @@ class Batches(keras.utils.PyDataset):
 
     def prepare(self, index):
         """Compute a batch."""
-        batch = self.take(index)[1]
         rng = self.random(index)
-        mirrored = rng.random(len(batch)) < 0.5
-        batch[mirrored] = batch[mirrored, :, ::-1]
+        batch = cut_at_random(self.take(index)[1], self.shape, rng)
+        for turned in (batch[:, ::-1], batch[:, :, ::-1], batch.swapaxes(1, 2)):
+            chosen = rng.random(len(batch)) < 0.5
+            batch[chosen] = turned[chosen]
         shares = np.array(list(self.noise.values()))
         kinds = rng.choice(list(self.noise), len(batch), p=shares / shares.sum())
         position = rng.random((len(batch), 1, 1, 1))
@@ -1206,33 +1203,6 @@ def absolute_path(text):
 def dataset_or_folder(text):
     """Value of --dataset: the name of a built-in data set, or the absolute path of a folder."""
     return text if text in BUILT_IN else absolute_path(text)
-
-
-def parse_noise(text):
-    """Value of --noise, KIND or KIND=SHARE, as (kind, share or None)."""
-    kind, equals, share = text.partition("=")
-    if kind not in NOISE_KINDS:
-        raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(NOISE_KINDS)}")
-    try:
-        return kind, number(float, 0, 1)(share) if equals else None
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: {share!r} is not a number") from None
-
-
-class NoiseShares(argparse.Action):
-    """Collects what `parse_noise` returns into a dict of shares by kind; without shares all are equal."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        shares = dict(values)
-        if len(shares) < len(values):
-            raise argparse.ArgumentError(self, "a kind is named twice")
-        if None in shares.values():
-            if any(share is not None for share in shares.values()):
-                raise argparse.ArgumentError(self, "give a share for every kind, or for none")
-            shares = dict.fromkeys(shares, 1 / len(shares))
-        if abs(sum(shares.values()) - 1) > 1e-6:
-            raise argparse.ArgumentError(self, f"the shares add up to {sum(shares.values()):g}, not to 1")
-        setattr(namespace, self.dest, shares)
 
 
 def add_data_options(parser):

@@ -29,6 +29,7 @@ from functools import partial
 
 import util
 from load_data import (
+    MARGIN,
     NOISE_KINDS,
     SIGMAS,
     SUFFIXES,
@@ -36,7 +37,6 @@ from load_data import (
     VALIDATION_NOISE_SEED,
     Batches,
     DataError,
-    NoiseShares,
     add_data_options,
     add_noise,
     clean_of,
@@ -44,7 +44,7 @@ from load_data import (
     evenly,
     format_for,
     load_data,
-    parse_noise,
+    noise_shares,
     picture_pairs,
     pictures_with_noise,
     read_pixels,
@@ -73,8 +73,8 @@ EPOCHS = 20
 DETAIL_EPOCHS = 6  # of the detail code, with the rest frozen
 BATCH_SIZE = 16  # 64 is 0.2 dB behind after 77,000 images
 LEARNING_RATE = 1e-3
-DECAY = 0.01  # ratio of the last learning rate to the highest
 WARMUP_STEPS = 500  # and at most a tenth of the training
+FALL = 0.5  # share of the training in which the learning rate falls
 CLIP_NORM = 0.5  # without it the first steps can destroy the identity that the model starts as
 KL_WEIGHT = 1e-3
 DETAIL_KL_WEIGHT = 1e-3
@@ -402,12 +402,31 @@ class Frames(keras.callbacks.Callback):
             np.save(path, util.to_uint8(denoised))
 
 
+class RiseStayFall(keras.optimizers.schedules.LearningRateSchedule):
+    """Learning rate that rises linearly, stays, and falls linearly to zero in the last half of the training.
+
+    While it stays high, a training may be made longer: the rate knows nothing of its end yet. (Hägele et al.,
+    "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", 2024.)
+
+    Args:
+        highest: Rate between rise and fall.
+        steps: Of the whole training.
+    """
+
+    def __init__(self, highest, steps):
+        super().__init__()
+        self.highest, self.steps = highest, steps
+        self.rise = max(1, min(WARMUP_STEPS, steps // 10))
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        rising, falling = (step + 1) / self.rise, (self.steps - step) / (FALL * self.steps)
+        return self.highest * ops.clip(ops.minimum(rising, falling), 0, 1)
+
+
 def build_optimizer(learning_rate, steps):
-    """Muon whose learning rate rises linearly, then falls along a cosine to DECAY of it over `steps`."""
-    warmup = min(WARMUP_STEPS, steps // 10)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - warmup), alpha=DECAY, warmup_target=learning_rate, warmup_steps=warmup
-    )
+    """Muon whose learning rate rises, stays and falls over `steps`."""
+    schedule = RiseStayFall(learning_rate, steps)
     return util.ConvolutionMuon(
         schedule, weight_decay=None, adam_weight_decay=None, global_clipnorm=CLIP_NORM
     )
@@ -439,8 +458,9 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     if not epochs:
         return []
     folder, images = util.training_folder(args.out, args.name), data.images[data.denoiser_split]
-    batches = Batches(images, args.batch_size, args.seed, args.noise, args.sigma)
-    validation = validation_pair(data.images["validation"], args.noise, args.sigma)
+    noise, shape = noise_shares(args.noise), data.images["validation"].shape[1:3]
+    batches = Batches(images, args.batch_size, args.seed, noise, args.sigma, shape)
+    validation = validation_pair(data.images["validation"], noise, args.sigma)
     is_detail = isinstance(vae, DetailVAE)
     rate = min(DETAIL_LEARNING_RATE, 2 * args.learning_rate) if is_detail else args.learning_rate
     vae.compile(optimizer=build_optimizer(rate, epochs * len(batches)))
@@ -449,7 +469,8 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     if not is_detail:  # which changes no denoised image
         callbacks.append(Frames(folder / "frames", gif_images(data)[1], epochs_before))
     rows = util.fit(vae, batches, validation, epochs, folder, vae.monitor, callbacks, stage)
-    return [{"stage": stage} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
+    told = {"stage": stage, "images": len(batches) * batches.batch_size}
+    return [told | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
 
 
 def fit_detail(vae, detail, joined, data, args, epochs_before):
@@ -487,7 +508,7 @@ def calibrate(encoder, decoder, clean, args):
         Spread/skill before, the geometric mean over strengths and sides of blocks.
     """
     models = util.portable_copy(encoder), util.portable_copy(decoder)
-    pair = validation_pair(clean, args.noise, args.sigma)
+    pair = validation_pair(clean, noise_shares(args.noise), args.sigma)
     ratios = []
     parts = min(CALIBRATION_PARTS, len(clean))
     for noisy, target in zip(*(np.array_split(images, parts) for images in pair), strict=True):
@@ -892,7 +913,8 @@ def write_sample_maps(draft, name, encoder, data):
     counts = {"test": len(data.images["test"]), "train": FEATURE_MAP_TRAIN_IMAGES}
     for split, count in counts.items():
         chosen = evenly(len(data.images[split]), count)
-        images, labels = data.images[split][chosen], data.labels[split][chosen]
+        height, width = data.images["test"].shape[1:3]
+        images, labels = data.images[split][chosen, :height, :width], data.labels[split][chosen]
         origin = util.feature_map_origin(
             name, weights, images, pooling=0, dataset=data.name, split=split, sigma=0.0
         )
@@ -927,6 +949,7 @@ def write_run(args, models, encoder, decoder, data, rows, more=None):
         record = util.describe_run(args, rows) | {"data": data.identity}
         record["best"] = util.best_row(rows, "val_psnr")
         record["training_images"] = len(data.images[data.denoiser_split])
+        record["pixels_seen"] = seen_pixels(rows, data.images["test"])
         results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
         if rows:  # none if nothing was trained and the log of --start is missing
             history = util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name)
@@ -934,6 +957,14 @@ def write_run(args, models, encoder, decoder, data, rows, more=None):
         draw_results(draft, name, models, encoder, decoder, data, by_sigma)
         util.write_record(draft, name, record | (more or {}) | results)
     print(f"Written to {args.out}: all files of {name}")
+
+
+def seen_pixels(rows, images):
+    """Pixels of the training patches of all epochs by stage; images have the patches' shape."""
+    seen = Counter()
+    for row in rows:
+        seen[row["stage"]] += row.get("images", 0) * math.prod(images.shape[1:3])
+    return dict(seen)
 
 
 def draw_results(draft, name, models, encoder, decoder, data, by_sigma):
@@ -1243,12 +1274,12 @@ def add_train_options(parser):
     )
     parser.add_argument(
         "--noise",
-        type=parse_noise,
-        action=NoiseShares,
+        choices=(*NOISE_KINDS, "photographs"),
         nargs="+",
-        default={"white": 1.0},
-        metavar="KIND[=SHARE]",
-        help=f"kinds of training noise and their shares (default: white alone): {', '.join(NOISE_KINDS)}",
+        default=["white"],
+        metavar="KIND",
+        help="kinds of training noise, of equal shares, or photographs, the mix of the model that ships: "
+        f"{', '.join(NOISE_KINDS)}",
     )
 
 
@@ -1353,6 +1384,8 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     args = util.parse_resumable(parser, train_parser, argv, lambda args: default_name(args, kind))
     if args.verb == "train" and args.sigma[0] > args.sigma[1]:
         train_parser.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
+    if args.verb == "train" and "photographs" in args.noise and len(args.noise) > 1:
+        train_parser.error("argument --noise: photographs is a mix of kinds; give it alone")
     if args.verb == "train" and not (args.epochs or args.start):
         train_parser.error(
             "argument --epochs: 0 keeps what --start names; add --start, or train for an epoch"
@@ -1383,7 +1416,7 @@ def main(argv=None):
     if args.verb != "train":
         use_saved(args)
         return
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit).in_cells(CELL)
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(CELL)
     with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, autoencoder, rows = train(args, data)
         write_run(args, {args.name: autoencoder}, encoder, decoder, data, rows)

@@ -18,7 +18,7 @@ minutes or more on two CPU cores with AVX512-BF16.
 
 import simple_autoencoder as simple
 import util
-from load_data import dataset_name, load_data, validation_pair
+from load_data import MARGIN, dataset_name, load_data, noise_shares, validation_pair
 
 import keras
 from keras import layers
@@ -151,7 +151,7 @@ def stack_detail_decoder(level_one, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS
 def validation_psnr(vae, data, args):
     """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images."""
     model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
-    noisy, clean = validation_pair(data.images["validation"], args.noise, args.sigma)
+    noisy, clean = validation_pair(data.images["validation"], noise_shares(args.noise), args.sigma)
     return float(util.psnr(util.to_uint8(clean), util.denoise(model, noisy)).mean())
 
 
@@ -228,7 +228,7 @@ def main(argv=None):
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
     if base == args.name:
         raise util.ModelError(f"{base}: a stack would replace its own base; choose another --name")
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit).in_cells(CELL)
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(CELL)
     models = {base: util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, models[args.name], rows, record = train(args, data, base)
