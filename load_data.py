@@ -1205,13 +1205,14 @@ def dataset_or_folder(text):
     return text if text in BUILT_IN else absolute_path(text)
 
 
-def add_data_options(parser):
-    """Add the options that say which data a script works on."""
+def add_data_options(parser, default="cifar10"):
+    """Add the options that say which data a script works on; default None means those of a saved run."""
     parser.add_argument(
         "--dataset",
         type=dataset_or_folder,
-        default="cifar10",
-        help="cifar10, stl10, photos (two photographs inside scikit-learn) or a folder of images",
+        default=default,
+        help="cifar10, stl10, photos (two photographs inside scikit-learn) or a folder of images"
+        + ("" if default else " (default: that of the run)"),
     )
     parser.add_argument(
         "--data-dir",

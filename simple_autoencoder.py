@@ -1046,8 +1046,9 @@ def evaluate_saved(args):
         names = [record["base"], args.name] if record.get("base") else [args.name]
         models = {run: util.load_model(args.out, run, "autoencoder") for run in names}
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
-        trained_size = util.size_of_run(record, dataset_name(args.dataset))
-        data = load_data(args.dataset, args.data_dir, args.size or trained_size)
+        dataset = args.dataset or record.get("data", {}).get("name", "cifar10")
+        trained_size = util.size_of_run(record, dataset_name(dataset))
+        data = load_data(dataset, args.data_dir, args.size or trained_size)
         data = data.in_cells(util.stride(parts[0]))
         results, by_sigma = measure_and_print(models, *parts, data, args.images)
         for section in ("evaluation", "posterior"):
@@ -1294,7 +1295,7 @@ def add_ensemble_option(parser):
 
 def add_evaluate_options(parser):
     """Add the options of the verb `evaluate`."""
-    add_data_options(parser)
+    add_data_options(parser, default=None)
     util.add_saved_run_options(parser)
     parser.add_argument(
         "--images", type=util.number(int, 1), default=TEST_IMAGES, help="how many test images to use"
@@ -1362,7 +1363,7 @@ def add_denoise_options(parser):
 def default_name(args, kind):
     """Name of the run that a verb works on, where none is given."""
     own_pictures = getattr(args, "pictures", None)
-    return PHOTOGRAPHS_RUN if own_pictures else f"{kind}_{dataset_name(args.dataset)}"
+    return PHOTOGRAPHS_RUN if own_pictures else f"{kind}_{dataset_name(args.dataset or 'cifar10')}"
 
 
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda parser: None):

@@ -516,7 +516,7 @@ def test_evaluate_from_elsewhere_prints_records_and_draws_what_the_training_did(
     figures = [f"figures/{NAME}_{kind}.png" for kind in ("reconstructions", "sweep", "posterior", "expected")]
     for figure in figures:
         (trained_copy / figure).unlink()
-    arguments = ["evaluate", "--dataset=photos", "--out", trained_copy]
+    arguments = ["evaluate", "--name", NAME, "--out", trained_copy]  # on its own data set
     code, again, err = run("simple_autoencoder.py", *arguments, small=True, cwd=trained_copy)
     assert (code, err) == (0, "")
     assert len(table_rows(again)) == 5 + 8 + 2
