@@ -24,8 +24,9 @@ import mmap
 import os
 import pickle
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import stl10_input
@@ -87,6 +88,7 @@ MIN_SIZE = 12  # of patches: SSIM looks at windows of 11 pixels
 MAX_PATCHES = 100_000  # of a folder, about
 MARGIN = 16  # pixels by which a training patch may exceed the place that is drawn in it, in every epoch anew
 SHRINKING = (2, 4)  # training and validation patches are cut from 1/2 and 1/4 of the size, too
+SHOWN_PICTURE = (512, 768)  # height and width of the part that is shown of a picture, at most
 FEWEST_TO_HOLD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
 MAX_JPEG_EXIF = 65_533  # bytes
 SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
@@ -135,6 +137,8 @@ class Data:
     labels: dict
     class_names: tuple
     checksums: dict  # for the run record: MD5 of each file or its pixels, or one of all names and sizes
+    pictures: dict = field(default_factory=dict)  # of photographs, by split: which one each patch is cut from
+    shown_picture: np.ndarray | None = None  # of photographs: one held out for testing, or its middle
 
     @property
     def identity(self):
@@ -157,6 +161,24 @@ class Data:
     def first(self, split, count):
         """The first `count` images of a split."""
         return np.ascontiguousarray(self.images[split][:count])
+
+    def shown(self, split, count):
+        """Images to look at: those with most texture among the first, of as many pictures as possible."""
+        images = self.images[split][:VALIDATION]
+        pictures = self.pictures.get(split, np.arange(len(images)))
+        order = np.argsort([-texture(image) for image in images], kind="stable")
+        seen, turns = Counter(), []
+        for picture in pictures[order]:
+            turns.append(seen[picture])
+            seen[picture] += 1
+        chosen = order[np.argsort(turns, kind="stable")][:count]
+        return np.ascontiguousarray(images[chosen])
+
+
+def texture(image):
+    """Mean difference between neighbouring pixels of an image (H, W, 3), uint8, in grey levels."""
+    values = image.astype(np.int16)
+    return sum(np.abs(np.diff(values, axis=axis)).mean() for axis in (0, 1))
 
 
 def evenly(total, count):
@@ -662,11 +684,13 @@ def _split_and_cut(pictures, labels_of, size, margin):
         margin: By how many pixels training patches are larger.
 
     Returns:
-        Two dicts by split: patches uint8 (N, side, side, 3), labels int64 (N,).
+        Three dicts by split: patches uint8 (N, side, side, 3), labels int64 (N,), and which picture each
+        patch is cut from (N,); and the test picture with most texture, or its middle.
     """
     count, splits = len(labels_of), split_pictures(labels_of)
-    patches, labels = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
-    for index, (picture, label) in enumerate(zip(pictures, labels_of, strict=True)):
+    patches, cut_from = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
+    shown, most = None, -1
+    for index, picture in enumerate(pictures):
         regions = {splits[index]: picture}
         if count < FEWEST_TO_HOLD_OUT:
             first, second = int(0.7 * picture.shape[1]), int(0.85 * picture.shape[1])
@@ -675,21 +699,34 @@ def _split_and_cut(pictures, labels_of, size, margin):
             rng = np.random.default_rng((SPLIT_SEED, index))
             cut = _patches_of(region, size, margin, split, rng, max(1, MAX_PATCHES // count))
             patches[split].append(np.array(cut, np.uint8))
-            labels[split] += [label] * len(cut)
+            cut_from[split] += [index] * len(cut)
+            if split == "test" and cut:
+                middle = _middle(region, *SHOWN_PICTURE)
+                if texture(middle) > most:
+                    shown, most = middle.copy(), texture(middle)
     for split, cut in patches.items():
         side = size + margin * (split == "train")
         patches[split] = np.concatenate([np.empty((0, side, side, 3), np.uint8), *filter(len, cut)])
-    return patches, {split: np.array(listed, np.int64) for split, listed in labels.items()}
+    cut_from = {split: np.array(listed, np.int64) for split, listed in cut_from.items()}
+    labels = {split: np.array(labels_of, np.int64)[listed] for split, listed in cut_from.items()}
+    return patches, labels, cut_from, shown
+
+
+def _middle(picture, height, width):
+    top, left = (max(0, side - kept) // 2 for side, kept in zip(picture.shape, (height, width), strict=False))
+    return picture[top : top + height, left : left + width]
 
 
 def _load_photos(size, margin):
     photographs = load_sample_images()
-    images, labels = _split_and_cut(photographs.images, range(len(photographs.images)), size, margin)
+    labels_of = range(len(photographs.images))
+    images, labels, *pictures = _split_and_cut(photographs.images, labels_of, size, margin)
     checksums = {
         Path(name).name: hashlib.md5(picture).hexdigest()
         for name, picture in zip(photographs.filenames, photographs.images, strict=True)
     }
-    return _shuffle_held_out(Data("photos", images, labels, PHOTOS_CLASSES, checksums), "photos", size)
+    data = Data("photos", images, labels, PHOTOS_CLASSES, checksums, *pictures)
+    return _shuffle_held_out(data, "photos", size)
 
 
 def _shuffle_held_out(data, source, size):
@@ -699,7 +736,8 @@ def _shuffle_held_out(data, source, size):
     """
     for split, count in {"validation": VALIDATION, "test": None}.items():
         order = np.random.default_rng(SPLIT_SEED).permutation(len(data.labels[split]))[:count]
-        data.images[split], data.labels[split] = data.images[split][order], data.labels[split][order]
+        for part in (data.images, data.labels, data.pictures):
+            part[split] = part[split][order]
     for split, images in data.images.items():
         if not len(images):
             raise DataError(
@@ -750,12 +788,12 @@ def _load_folder(folder, size, margin):
     classes = sorted(set(class_of.values()))
     print(f"Cutting {len(files):,} images of {folder} into {size}x{size} patches", flush=True)
     labels = [classes.index(class_of[path]) for path in files]
-    images, labels = _split_and_cut(map(_readable_picture, files), labels, size, margin)
+    images, labels, *pictures = _split_and_cut(map(_readable_picture, files), labels, size, margin)
     # a name that is no Unicode is shown with escapes
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
     listing = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files])
     checksums = {"names and sizes": hashlib.md5(listing.encode()).hexdigest()}
-    data = Data(dataset_name(folder), images, labels, classes, checksums)
+    data = Data(dataset_name(folder), images, labels, classes, checksums, *pictures)
     return _shuffle_held_out(data, folder, size)
 
 
@@ -1260,7 +1298,7 @@ def fit_pca(images, energy=0.95):
 
 def show_samples(data, path):
     """Write a figure of test images, clean and with noise of the protocol's sigmas."""
-    clean = data.first("test", 8)
+    clean = data.shown("test", 8)
     rows = [("clean", clean, None)]
     for sigma in SIGMAS:
         noisy = to_uint8(add_noise(clean, sigma))

@@ -253,6 +253,20 @@ def test_the_first_held_out_patches_are_of_many_pictures(folder_of_flat_pictures
         assert len(np.unique(data.images[split][:12])) == 3  # of three pictures with 36 patches each
 
 
+def test_what_is_shown_has_texture_and_is_of_many_pictures(folder_of_flat_pictures, tmp_path):
+    for path in folder_of_flat_pictures.iterdir():
+        picture = iio.imread(path)
+        picture[:32, :32] = random_images(32, 32, 3) // 4 + picture[0, 0]
+        iio.imwrite(path, picture)
+    data = load_data.load_data(str(folder_of_flat_pictures), tmp_path / "data", size=16)
+    shown = data.shown("test", 6)
+    assert min(map(load_data.texture, shown)) > 10
+    flat = data.images["test"][[load_data.texture(image) == 0 for image in data.images["test"]]]
+    assert len(np.unique(flat)) == len(np.unique(shown[:3].min(axis=(1, 2, 3)))) == 3  # test pictures
+    assert data.shown_picture.shape == (96, 96, 3)
+    assert load_data.texture(data.shown_picture) > 0
+
+
 def test_patches_of_different_splits_come_from_different_columns():
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (60, 200, 3))
     images, _ = load_data._patches_in_memory([columns], [0], 10)
@@ -497,7 +511,7 @@ def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypat
     assert "|      train |" in printed
     assert "keep 95%" in printed
     assert list((tmp_path / "figures").iterdir()) == [tmp_path / "figures/data_photos.png"]
-    clean = load_data.load_data("photos", size=16).images["test"][:8]
+    clean = load_data.load_data("photos", size=16).shown("test", 8)
     (shown, labels), columns = (part(drawn[".png"]) for part in (pixels_of, labels_of)), 8
     assert [label for label, _ in labels[::columns]] == ["clean", *(f"sigma {s}" for s in load_data.SIGMAS)]
     np.testing.assert_array_equal(shown[:columns], clean)
