@@ -178,7 +178,8 @@ def join_encoders(encoder, detail_encoder):
     """Encoder that ships: noisy image to [mean, log-variance] of each level's z, then of the detail codes."""
     noisy = keras.Input((None, None, 3), name="noisy")
     outputs = list(encoder(noisy))
-    for log_var in keras.tree.flatten(detail_encoder([noisy, *util.split_codes(outputs)[0]])):
+    means = [mean for mean, _ in util.code_pairs(outputs)]
+    for log_var in keras.tree.flatten(detail_encoder([noisy, *means])):
         outputs += [layers.Rescaling(0.0, dtype="float32")(log_var), log_var]
     return keras.Model(noisy, outputs, name="encoder")
 
@@ -215,7 +216,8 @@ def start_as_identity(encoder, decoder):
 def build_autoencoder(encoder, decoder):
     """Autoencoder: noisy image to denoised image, by way of the posterior means alone."""
     noisy = keras.Input((None, None, 3), name="noisy")
-    return keras.Model(noisy, util.decode(decoder, util.split_codes(encoder(noisy))[0]), name="autoencoder")
+    means = [mean for mean, _ in util.code_pairs(encoder(noisy))]
+    return keras.Model(noisy, util.decode(decoder, means), name="autoencoder")
 
 
 class DenoisingVAE(keras.Model):
@@ -250,11 +252,10 @@ class DenoisingVAE(keras.Model):
         self.measured = {name: keras.metrics.Mean(name) for name in self.metric_names}
 
     def call(self, images, training=False):
-        outputs = self.encoder(self.noisy(images))
-        means, log_vars = util.split_codes([ops.cast(output, "float32") for output in outputs])
-        log_vars = [ops.minimum(log_var, MAX_LOG_VAR) for log_var in log_vars]
-        z = [self.sample(*code) for code in zip(means, log_vars, strict=True)] if training else means
-        return util.decode(self.decoder, z), means, log_vars
+        outputs = [ops.cast(output, "float32") for output in self.encoder(self.noisy(images))]
+        codes = [(mean, ops.minimum(log_var, MAX_LOG_VAR)) for mean, log_var in util.code_pairs(outputs)]
+        z = [self.sample(mean, log_var) if training else mean for mean, log_var in codes]
+        return util.decode(self.decoder, z), codes
 
     def noisy(self, images):
         """Noisy images (N, H, W, 3): white noise of the deviation that comes with them, if any, is added."""
@@ -267,17 +268,17 @@ class DenoisingVAE(keras.Model):
         return z_mean + ops.exp(0.5 * z_log_var) * keras.random.normal(ops.shape(z_mean), seed=self.random)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        denoised, means, log_vars = y_pred
+        denoised, codes = y_pred
         mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
-        kl = self.divergence(means, log_vars, y)
+        kl = self.divergence(codes, y)
         self.measured["psnr"].update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.measured["kl"].update_state(kl)
         return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
 
-    def divergence(self, means, log_vars, images):
+    def divergence(self, codes, images):
         """KL of all codes from N(0, I), in nats per pixel value of each image (N,)."""
         values = ops.cast(ops.prod(ops.shape(images)[1:]), "float32")  # of an image: H * W * 3
-        return sum(kl_divergence(*code) for code in zip(means, log_vars, strict=True)) / values
+        return sum(kl_divergence(mean, log_var) for mean, log_var in codes) / values
 
 
 class DetailVAE(DenoisingVAE):
@@ -324,21 +325,21 @@ class DetailVAE(DenoisingVAE):
 
     def call(self, images, training=False):
         noisy = self.noisy(images)
-        means, _ = util.split_codes(self.encoder(noisy))
+        means = [mean for mean, _ in util.code_pairs(self.encoder(noisy))]
         denoised = util.decode(self.decoder, means)
         log_vars = keras.tree.flatten(self.detail_encoder([noisy, *means]))
-        log_vars = [ops.minimum(log_var, MAX_LOG_VAR) for log_var in log_vars]
+        codes = [(ops.zeros_like(log_var), ops.minimum(log_var, MAX_LOG_VAR)) for log_var in log_vars]
         draws = []
         for _ in range(2):
-            details = [self.sample(ops.zeros_like(log_var), log_var) for log_var in log_vars]
+            details = [self.sample(mean, log_var) for mean, log_var in codes]
             draws.append(denoised + util.decode(self.detail_decoder, details))
-        return draws, log_vars
+        return draws, codes
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        draws, log_vars = y_pred
+        draws, codes = y_pred
         distance = ops.mean(ops.abs(draws[0] - draws[1]), axis=(1, 2, 3), keepdims=True)
         weight = 1 / ops.maximum(GREY_LEVEL, ops.stop_gradient(distance))
-        kl = self.divergence([0.0] * len(log_vars), log_vars, y)
+        kl = self.divergence(codes, y)
         loss = self.kl_weight * ops.mean(kl)
         for side, share in CRPS_WEIGHTS.items():
             a, b, clean = (ops.average_pool(images, side, strides=side) for images in (*draws, y))
@@ -630,9 +631,9 @@ def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=util.
     Returns:
         float32 arrays (N, H, W, 3) and (samples, N, H, W, 3), nominally in [0, 1].
     """
-    outputs = encoder.predict(noisy, verbose=0)
-    draws = np.stack(list(util.draws(decoder, outputs, samples, seed)))
-    return util.decode_arrays(decoder, util.split_codes(outputs)[0]), draws
+    codes = util.code_pairs(encoder.predict(noisy, verbose=0))
+    draws = np.stack(list(util.draws(decoder, codes, samples, seed)))
+    return decoder.predict([mean for mean, _ in codes], verbose=0), draws
 
 
 def block_means(images, side):
@@ -777,7 +778,7 @@ def code_rows(encoder, clean):
     levels = range(1, len(util.level_means(outputs)) + 1)
     names = [f"{kind} of level {level}" for kind in ("z", "detail") for level in levels]
     rows = []
-    for name, mean, log_var in zip(names, *util.split_codes(outputs), strict=True):
+    for name, (mean, log_var) in zip(names, util.code_pairs(outputs), strict=True):
         kl = ops.convert_to_numpy(kl_divergence(mean, log_var)) / mean[0].size
         active = float((mean.var(axis=(0, 1, 2)) > 0.01).mean()) if name.startswith("z") else None
         rows.append({"code": name, "KL per latent": float(kl.mean()), "active units": active})

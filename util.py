@@ -1092,7 +1092,8 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         after = before + strength * (denoised - before)
         result[rows, columns] = np.round(peak * after) if is_integer else after
         if posterior:
-            drawn = draws(decoder, encoder.predict_on_batch(window), samples, (DRAWS_SEED, top, left))
+            codes = code_pairs(encoder.predict_on_batch(window))
+            drawn = draws(decoder, codes, samples, (DRAWS_SEED, top, left))
             squares = sum(np.square(_visible(draw, inside, picture.shape[2]) - after) for draw in drawn)
             errors[rows, columns] = 255 * np.sqrt(squares.mean(axis=2) / samples)
         advance()
@@ -1102,7 +1103,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
 @functools.lru_cache(maxsize=8)
 def _drawing_model(encoder, decoder):
     """Encoder and decoder joined, to find how far a draw looks."""
-    return keras.Model(encoder.input, decode(decoder, split_codes(encoder.outputs)[0]))
+    return keras.Model(encoder.input, decode(decoder, [mean for mean, _ in code_pairs(encoder.outputs)]))
 
 
 def _visible(output, inside, channels):
@@ -1113,38 +1114,28 @@ def _visible(output, inside, channels):
     return np.clip(part if channels == 3 else part.mean(axis=2, keepdims=True), 0, 1)
 
 
-def split_codes(outputs):
-    """Means and log-variances of an encoder's outputs: [mean, log-variance] of one code after another."""
-    return outputs[::2], outputs[1::2]
+def code_pairs(outputs):
+    """Codes as (mean, log-variance), from the flat list of an encoder's outputs."""
+    return list(zip(outputs[::2], outputs[1::2], strict=True))
 
 
 def level_means(outputs):
     """Means of the levels' z among an encoder's outputs; as many detail codes come after them."""
-    means, _ = split_codes(outputs)
+    means = [mean for mean, _ in code_pairs(outputs)]
     return means[: max(1, len(means) // 2)]
 
 
-def decoder_input(codes):
-    """What a decoder is called with: a list of codes, but a single code without a list."""
-    return codes if len(codes) > 1 else codes[0]
+def decode(decoder, z):
+    """Call a decoder with a list of codes; a single one, Keras wants without a list."""
+    return decoder(z if len(z) > 1 else z[0])
 
 
-def decode(decoder, codes):
-    """Images (N, H, W, 3), symbolic or of the backend, of a decoder from codes."""
-    return decoder(decoder_input(codes))
-
-
-def decode_arrays(decoder, codes):
-    """Images (N, H, W, 3) of a saved decoder from codes, both NumPy arrays."""
-    return decoder.predict(decoder_input(codes), verbose=0)
-
-
-def draws(decoder, outputs, samples, seed):
+def draws(decoder, codes, samples, seed):
     """Decode draws of the posterior q(z|x), one after another.
 
     Args:
         decoder: Saved model.
-        outputs: Of its encoder, NumPy arrays.
+        codes: (mean, log-variance) of each code, NumPy arrays (N, h, w, c).
         samples: Number of draws.
         seed: Of `numpy.random.default_rng`.
 
@@ -1153,11 +1144,11 @@ def draws(decoder, outputs, samples, seed):
     """
     rng = np.random.default_rng(seed)
     for _ in range(samples):
-        codes = [
+        z = [
             mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32)
-            for mean, log_var in zip(*split_codes(outputs), strict=True)
+            for mean, log_var in codes
         ]
-        yield decoder.predict_on_batch(decoder_input(codes))
+        yield decoder.predict_on_batch(z)
 
 
 def to_uint8(images):

@@ -50,7 +50,7 @@ class PixelGaussian(simple.DenoisingVAE):
 
     def call(self, images, training=False):
         noisy = self.noisy(images)
-        means, _ = util.split_codes(self.encoder(noisy))
+        means = [mean for mean, _ in util.code_pairs(self.encoder(noisy))]
         return util.decode(self.decoder, means), self.variance([noisy, *means])
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

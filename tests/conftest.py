@@ -69,12 +69,11 @@ def small_detail_models():
     return simple.build_detail_encoder(16, 1, 14), simple.build_detail_decoder(16, 1, 14)
 
 
-def fixed_draws(decoder, outputs, samples, seed):
+def fixed_draws(decoder, codes, samples, seed):
     """Stands for `util.draws` where tiles are compared: codes one deviation below, at and above the mean."""
     for draw in range(samples):
-        coded = zip(*util.split_codes(outputs), strict=True)
-        codes = [mean + (draw - 1) * np.exp(log_var / 2) for mean, log_var in coded]
-        yield util.decode_arrays(decoder, codes)
+        z = [mean + (draw - 1) * np.exp(log_var / 2) for mean, log_var in codes]
+        yield decoder.predict(z, verbose=0)
 
 
 def shaken(model, seed=0):

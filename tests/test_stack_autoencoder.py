@@ -74,7 +74,7 @@ def test_codes_of_both_levels_reach_the_decoder_in_their_order():
     codes = encoder.predict(IMAGES, verbose=0)
     sizes = [(2, 4, 6, 14), (2, 2, 3, 18), (2, 4, 6, 14), (2, 2, 3, 12)]
     assert [code.shape for code in codes] == [size for size in sizes for _ in ("mean", "log-variance")]
-    means, _ = util.split_codes(codes)
+    means = [mean for mean, _ in util.code_pairs(codes)]
     assert [bool(mean.any()) for mean in means] == [True, True, False, False]
     whole = autoencoder.predict(IMAGES, verbose=0)
     np.testing.assert_allclose(decoder.predict(means, verbose=0), whole, atol=1e-5)
