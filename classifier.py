@@ -457,7 +457,7 @@ def write_run(args, model, rows, validation, denoisers, data, represent):
     with util.publishing(args.out, args.name) as draft:
         util.save_model(draft, model, args.name)
         util.write_csv(draft / f"logs/{args.name}.csv", rows)
-        history = util.history_figure(rows, ("loss", "accuracy"), args.name)
+        history = util.history_figure(rows, {"loss": "loss", "accuracy": "accuracy"}, args.name)
         util.save_figures(draft, args.name, {"history": history})
         record = util.describe_run(args, rows) | {"data": data.identity}
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}

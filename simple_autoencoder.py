@@ -98,6 +98,12 @@ SHOWN_DRAWS, RANK_BINS = 3, 13
 CALIBRATION_IMAGES, CALIBRATION_SAMPLES = 500, 8
 CALIBRATION_PARTS = 4  # of the range of strengths, which count alike
 FEATURE_MAP_TRAIN_IMAGES = 5000
+METRICS = {  # in the log of a training
+    "psnr": "PSNR in dB",
+    "kl": "KL of z in nats per pixel value",
+    "crps": "CRPS of pixels in grey levels",
+    "detail_kl": "KL of the detail code, the same",
+}
 
 # one's own pictures
 PHOTOGRAPHS_RUN = "stacked_photographs"  # whose model denoises them
@@ -805,7 +811,7 @@ def posterior_figure(encoder, decoder, clean, by_sigma):
     figure = Figure(figsize=(1.35 * SHOWN + 4.8, 1.55 * (len(rows) + 1)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.35 * SHOWN, 4.8))
     title = "Draws of the codes; deviation and error in grey levels, on one scale of colours"
-    util.rows_figure([*rows, ("clean", clean, None)], title, figure=left)
+    util.rows_figure([*rows, ("clean", clean, None)], title, figure=left, unit="grey levels")
     title = f"{len(by_sigma[SHOWN_SIGMA]['expected'])} test images, sigma {SHOWN_SIGMA}"
     util.curves_figure(calibration_panels(by_sigma[SHOWN_SIGMA]), title, figure=right)
     right.axes[1].set_ylim(bottom=0)  # else chance would look like a misfit
@@ -952,9 +958,7 @@ def write_run(args, models, encoder, decoder, data, rows, more=None):
         record["training_images"] = len(data.images[data.denoiser_split])
         record["pixels_seen"] = seen_pixels(rows, data.images["test"])
         results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
-        if rows:  # none if nothing was trained and the log of --start is missing
-            history = util.history_figure(rows, ("psnr", "kl", "crps", "detail_kl"), name)
-            util.save_figures(draft, name, {"history": history})
+        util.save_figures(draft, name, {"history": util.history_figure(rows, METRICS, name)})
         draw_results(draft, name, models, encoder, decoder, data, by_sigma)
         util.write_record(draft, name, record | (more or {}) | results)
     print(f"Written to {args.out}: all files of {name}")

@@ -1553,7 +1553,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     return checkpoint.rows
 
 
-def rows_figure(rows, title="", cell=1.35, figure=None):
+def rows_figure(rows, title="", cell=1.35, figure=None, unit=None):
     """Draw rows of images, each with its label at the left and a caption under each image.
 
     Args:
@@ -1562,29 +1562,32 @@ def rows_figure(rows, title="", cell=1.35, figure=None):
         title: Title of the figure.
         cell: Width of an image in inches.
         figure: Part of a figure to draw into; by default a new figure.
+        unit: Of the maps; with it, a bar beside them shows their scale.
 
     Returns:
         `matplotlib.figure.Figure`.
     """
     columns = max(len(images) for _, images, _ in rows)
     captioned = sum(captions is not None for _, _, captions in rows)
-    height = cell * len(rows) + 0.2 * captioned + 0.3 * bool(title)
+    height = sum(cell * images.shape[1] / images.shape[2] for _, images, _ in rows)
+    height += 0.2 * captioned + (0.3 if title else 0)
     figure = figure or Figure(figsize=(cell * columns + 0.3, height), layout="constrained")
     maps = [images.ravel() for _, images, _ in rows if images.ndim == 3]
     highest = np.quantile(np.concatenate(maps), 0.995) if maps else 1  # a few outliers would darken the rest
-    for line, (label, images, captions) in zip(
-        figure.subplots(len(rows), columns, squeeze=False), rows, strict=True
-    ):
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, images, captions) in zip(grid, rows, strict=True):
         for column, axis in enumerate(line):
             axis.set(xticks=[], yticks=[])
             if column >= len(images):
                 axis.set_axis_off()
                 continue
             scale = {} if images.ndim == 4 else {"cmap": "magma", "vmin": 0, "vmax": highest}
-            axis.imshow(images[column], interpolation="nearest", **scale)
+            drawn = axis.imshow(images[column], interpolation="nearest", **scale)
             if captions is not None:
                 axis.set_xlabel(captions[column], fontsize=8)
         line[0].set_ylabel(label, fontsize=9)
+        if unit and images.ndim == 3:
+            figure.colorbar(drawn, ax=list(line), label=unit)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -1630,25 +1633,34 @@ def curves_figure(panels, title="", ticks=None, figure=None):
     return figure
 
 
-def history_figure(rows, names, title=""):
-    """Draw metrics and their validation twins against the epoch.
+def history_figure(rows, labels, title=""):
+    """Draw metrics and their validation twins against the epoch; dotted lines part the stages.
 
     Args:
         rows: A dict for each epoch, as `Checkpoint` keeps them.
-        names: Metrics to draw, a panel each; one that no epoch has is left out.
+        labels: What to write at the axis, by metric, a panel each; one that has no two epochs is left out.
         title: Title of the figure.
 
     Returns:
-        `matplotlib.figure.Figure`.
+        `matplotlib.figure.Figure`, or None if there is nothing to draw.
     """
     panels = []
-    for name in names:
+    for name, label in labels.items():
         measured = [row for row in rows if row.get(name) is not None]
-        if measured:
-            epochs, keys = [row["epoch"] for row in measured], {"training": name, "validation": f"val_{name}"}
-            curves = {label: (epochs, [row[key] for row in measured]) for label, key in keys.items()}
-            panels.append(("epoch", name, curves))
-    return curves_figure(panels, title)
+        epochs, twins = [row["epoch"] for row in measured], {"training": name, "validation": f"val_{name}"}
+        if len(epochs) > 1:
+            curves = {kind: (epochs, [row[key] for row in measured]) for kind, key in twins.items()}
+            panels.append(("epoch", label, curves))
+    if not panels:
+        return None
+    figure = curves_figure(panels, title)
+    for before, after in itertools.pairwise(rows):
+        for axis in figure.axes:
+            start = (before["epoch"] + after["epoch"]) / 2
+            low, high = axis.get_xlim()
+            if before.get("stage") != after.get("stage") and low < start < high:
+                axis.vlines(start, 0, 1, "0.5", "dotted", transform=axis.get_xaxis_transform())
+    return figure
 
 
 def save_figure(figure, path):
@@ -1658,9 +1670,10 @@ def save_figure(figure, path):
 
 
 def save_figures(out, name, figures):
-    """Write matplotlib figures by kind as `figures/NAME_KIND.png`."""
+    """Write matplotlib figures by kind as `figures/NAME_KIND.png`; None is nothing to show."""
     for kind, figure in figures.items():
-        save_figure(figure, Path(out) / f"figures/{name}_{kind}.png")
+        if figure:
+            save_figure(figure, Path(out) / f"figures/{name}_{kind}.png")
 
 
 def save_gif(figures, path):

@@ -892,12 +892,15 @@ def test_feature_maps_of_something_else_are_noticed(encoder_run, other, capsys):
 
 def test_rows_of_images_have_labels_captions_and_one_scale():
     pictures, maps = random_images(2, 8, 8, 3), np.random.default_rng(0).random((3, 8, 8))
-    figure = util.rows_figure([("images", pictures, None), ("maps", maps, list("abc"))], "a title")
+    rows = [("images", pictures, None), ("maps", maps, list("abc"))]
+    figure = util.rows_figure(rows, "a title", unit="grey levels")
     assert figure.get_suptitle() == "a title"
     assert labels_of(figure) == [("images", ""), ("", ""), ("maps", "a"), ("", "b"), ("", "c")]
     for shown, expected in zip(pixels_of(figure), [*pictures, *maps], strict=True):
         np.testing.assert_array_equal(shown, expected)
-    scales = [axis.images[0].get_clim() for axis in figure.axes[3:]]
+    *_, first, second, third, bar = figure.axes
+    assert bar.get_ylabel() == "grey levels"
+    scales = [axis.images[0].get_clim() for axis in (first, second, third)]
     assert scales == 3 * [(0, pytest.approx(np.quantile(maps, 0.995)))]
     assert not figure.axes[2].axison  # there is no third image
 
@@ -931,12 +934,15 @@ def test_gif_has_a_frame_for_each_figure(tmp_path):
 
 def test_history_shows_each_metric_and_its_validation():
     rows = [{"epoch": n, "loss": 1 / n, "val_loss": 2 / n, "kl": n, "val_kl": -n} for n in (1, 2, 3)]
-    figure = util.history_figure(rows, ["loss", "kl"], "a title")
+    rows[0] |= {"lr": 1, "val_lr": 1}  # of one epoch, which is no curve
+    labels = {"loss": "loss", "kl": "KL in nats", "lr": "rate"}
+    figure = util.history_figure(rows, labels, "a title")
     epochs = [1, 2, 3]
     assert curves_of(figure) == [
         ("epoch", "loss", [(epochs, [1, 1 / 2, 1 / 3]), (epochs, [2, 1, 2 / 3])]),
-        ("epoch", "kl", [(epochs, [1, 2, 3]), (epochs, [-1, -2, -3])]),
+        ("epoch", "KL in nats", [(epochs, [1, 2, 3]), (epochs, [-1, -2, -3])]),
     ]
+    assert util.history_figure(rows[:1], labels) is None
     assert legend_of(figure) == ["training", "validation"]
     assert figure.get_suptitle() == "a title"
 
