@@ -995,12 +995,10 @@ def measure_and_print(models, encoder, decoder, data, count):
         return f"{data.name}, {len(images)} images of {images.shape[2]}x{images.shape[1]}"
 
     clean = data.first("test", count)
-    costs = [{"model": label} | cost(model) for label, model in models.items()]
-    print(util.format_table(costs))
     table = evaluate(blind(models), clean)
     print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB and SSIM:")
     print(util.format_table(table), flush=True)
-    results = {"costs": costs, "evaluation": {title(clean): table}}
+    results = {"evaluation": {title(clean): table}}
     clean = clean[: max(1, POSTERIOR_PIXELS // math.prod(clean.shape[1:3]))]
     draws = f"{POSTERIOR_SAMPLES} draws of each of the first {len(clean):,}"
     print(f"{draws}, at single pixels and means of blocks, CRPS in grey levels:", flush=True)
@@ -1011,34 +1009,6 @@ def measure_and_print(models, encoder, decoder, data, count):
     for rows in tables:
         print(util.format_table(rows), end="\n\n")
     return results | {"posterior": {title(clean): tables}}, by_sigma
-
-
-def multiply_accumulates(model, shape):
-    """Count the multiply-accumulates of a model's convolutions and dense layers for one image.
-
-    Args:
-        model: Functional model of one input; models nested in it are counted too.
-        shape: Shape of the input without the batch, such as (32, 32, 3).
-
-    Returns:
-        Number of multiply-accumulates; additions of biases, activations and the like are left out.
-    """
-    total = 0
-    for layer, before, after in util.layer_calls(model, keras.Input(shape)):
-        if hasattr(layer, "kernel"):
-            # the kernel is applied at each output position, a transposed convolution's at each input position
-            transposed = isinstance(layer, keras.layers.Conv2DTranspose)
-            positions = (before if transposed else after)[0].shape[1:-1]
-            total += math.prod(positions) * math.prod(layer.kernel.shape)
-    return total
-
-
-def cost(model):
-    """Arithmetic of an autoencoder for a 32x32 image, and its size."""
-    return {
-        "million multiply-accumulates, 32x32": multiply_accumulates(model, (32, 32, 3)) / 1e6,
-        "million parameters": model.count_params() / 1e6,
-    }
 
 
 def evaluate_saved(args):

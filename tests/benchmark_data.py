@@ -24,6 +24,7 @@ import util
 from load_data import Batches, add_data_options, load_data
 
 import keras
+from benchmark_speed import multiply_accumulates
 from keras import layers
 
 LIMITS = (500, 2000, 10_000, 49_000)
@@ -43,7 +44,7 @@ class FeedForward(simple.DenoisingVAE):
     """Trains a plain network the same way: noise and likelihood, but no code."""
 
     def call(self, images, training=False):
-        return self.decoder(self.noisy(images)), [], []
+        return self.decoder(self.noisy(images)), []
 
 
 def dncnn(seed, filters=39, convolutions=17, normalize=True):
@@ -109,7 +110,7 @@ def main(argv=None):
             keras.config.set_dtype_policy("float32")
             (row,) = simple.evaluate(simple.blind({build.__name__: model}), clean, (SIGMA,))
             rows[-1][f"{build.__name__} PSNR"] = row[f"{build.__name__} PSNR"]
-            costs[build.__name__] = simple.multiply_accumulates(model, (32, 32, 3)) / 1e6
+            costs[build.__name__] = multiply_accumulates(model, (32, 32, 3)) / 1e6
         print(util.format_table(rows[-1:]), flush=True)
     title = f"{data.name}, first {len(clean):,} test images, sigma {SIGMA}, {args.steps:,} steps"
     print(f"{title} of {simple.BATCH_SIZE}; {util.environment()['hardware']}")

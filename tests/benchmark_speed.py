@@ -10,13 +10,13 @@ two ratios differ by what the overlap of tiles costs, which is as wide as the re
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import simple_autoencoder as simple
 import util
 
 import keras
@@ -40,6 +40,39 @@ def ffdnet(precision, filters=96, convolutions=12):
     return keras.Model(image, layers.Conv2DTranspose(3, 2, strides=2)(x))
 
 
+def multiply_accumulates(model, shape):
+    """Multiply-accumulates of a functional model's convolutions and dense layers for one image.
+
+    Additions of biases, activations and the like are left out.
+
+    Args:
+        model: Of one input; models nested in it are counted, too.
+        shape: Of the image, such as (32, 32, 3).
+    """
+    return _count(model, keras.Input(shape))
+
+
+def _count(model, inputs):
+    total = 0
+
+    def call(layer, *args, **kwargs):
+        nonlocal total
+        outputs = layer(*args, **kwargs)
+        if isinstance(layer, keras.Model):
+            total += _count(layer, args[0])
+        elif hasattr(layer, "kernel"):
+            # a kernel is applied at each output position, a transposed convolution's at each input position
+            grid = args[0] if isinstance(layer, layers.Conv2DTranspose) else outputs
+            total += math.prod(grid.shape[1:-1]) * math.prod(layer.kernel.shape)
+        return outputs
+
+    # only the walk over the graph is wanted, where every shape is known: the layers are not copied
+    keras.models.clone_model(
+        model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=call
+    )
+    return total
+
+
 def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     models = {(PEER, precision): ffdnet(precision) for precision in PRECISIONS}
@@ -60,7 +93,7 @@ def main():
             times.append(time.perf_counter() - started)
     rows = []
     for (label, precision), model in models.items():
-        millions = simple.multiply_accumulates(model, (32, 32, 3)) / 1e6
+        millions = multiply_accumulates(model, (32, 32, 3)) / 1e6
         rows.append({"model": label, "precision": precision, "million multiply-accumulates, 32x32": millions})
         for way, (side, _) in ways.items():
             fastest, peer = (min(seconds[way, name, precision][1:]) for name in (label, PEER))

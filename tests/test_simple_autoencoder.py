@@ -351,17 +351,6 @@ def test_draws_have_the_posteriors_deviation():
     assert draws.mean() == pytest.approx(0.4, abs=1e-4)
 
 
-def test_multiply_accumulates_against_a_hand_count():
-    image = keras.Input((None, None, 3))
-    x = keras.layers.Conv2D(4, 2, strides=2)(image)
-    inner = keras.Model(image, keras.layers.Conv2DTranspose(3, 2, strides=2)(x))
-    x = keras.layers.Conv2D(8, 3, strides=2, padding="same")(inner(image))
-    model = keras.Model(image, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
-    there_and_back = 8 * 16 * (2 * 2 * 3 * 4) + 8 * 16 * (2 * 2 * 4 * 3)  # 16x32 image: 8x16 cells
-    outer = 8 * 16 * (3 * 3 * 3 * 8) + 8 * 10
-    assert simple.multiply_accumulates(model, (16, 32, 3)) == there_and_back + outer
-
-
 def test_learning_rate_rises_and_falls():
     rate = simple.build_optimizer(1e-3, 1000)._learning_rate
     assert float(rate(0)) == 0

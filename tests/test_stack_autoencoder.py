@@ -8,6 +8,7 @@ import h5py
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from benchmark_speed import multiply_accumulates
 from conftest import (
     NAME,
     TINY,
@@ -96,7 +97,7 @@ def test_picture_is_sampled_alike_however_it_is_cut(monkeypatch):
 
 def test_arithmetic_stays_within_the_bounds():
     one = simple.build_encoder(), simple.build_decoder()
-    simple_count = simple.multiply_accumulates(simple.build_autoencoder(*one), (32, 32, 3))
+    simple_count = multiply_accumulates(simple.build_autoencoder(*one), (32, 32, 3))
     f, z, cells = simple.FILTERS, simple.LATENT_DIM, 16 * 16
     blocks = simple.ENCODER_BLOCKS + simple.DECODER_BLOCKS
     assert simple_count == cells * (2 * 12 * f + blocks * 2 * 9 * f * f + 3 * f * z)
@@ -104,7 +105,7 @@ def test_arithmetic_stays_within_the_bounds():
     both = stack.stack_encoder(one[0]), stack.stack_decoder(one[1])
     f2, z2, blocks2 = stack.FILTERS, stack.LATENT_DIM, stack.ENCODER_BLOCKS + stack.DECODER_BLOCKS
     level_two = 8 * 8 * (4 * z * f2 + 4 * f2 * z + blocks2 * 2 * 9 * f2 * f2 + 3 * f2 * z2)
-    total = simple.multiply_accumulates(simple.build_autoencoder(*both), (32, 32, 3))
+    total = multiply_accumulates(simple.build_autoencoder(*both), (32, 32, 3))
     assert total == simple_count + level_two
     assert total <= 220e6
 
