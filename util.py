@@ -91,7 +91,6 @@ PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
 PART_PREFIXES = tuple(f"{part}_" for part in PARTS)  # of the names of their files
 UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
 RESERVED_NAMES = ("sigma", "clean", "noisy", "pixels", "PCA")  # beside runs in tables and figures
-LARGEST_WEIGHT = 1e6  # of a saved model
 NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
 OF_THE_CALL = ("verb", "resume", "out", "data_dir")  # arguments that tell nothing of the run
 # those that may change when a run is resumed, beside numbers of epochs
@@ -618,25 +617,14 @@ def _read_dict(path):
 
 
 def read_record(out, name):
-    """Read the run record `logs/NAME.json`; an empty dict if there is none.
-
-    Raises:
-        ModelError: the file is not a record.
-    """
+    """Read the run record `logs/NAME.json`; an empty dict if there is none."""
     finish_publishing(out, name)
     path = Path(out) / "logs" / f"{name}.json"
     try:
         record = _read_dict(path)
     except FileNotFoundError:
         return {}
-    sections = ("files", "data", "arguments", "evaluation", "posterior")
-    valid = record is not None and all(isinstance(record.get(section, {}), dict) for section in sections)
-    if valid:  # what becomes a part of paths and of shapes
-        size = record.get("arguments", {}).get("size")
-        valid = re.fullmatch(r"[\w-]+", str(record.get("base"))) and (
-            size is None or type(size) is int and size > 11
-        )
-    if not valid:
+    if record is None:
         raise ModelError(f"{path}: damaged run record; delete it, or train {name} again")
     return record
 
@@ -741,9 +729,28 @@ def portable_copy(model):
 
 def _as_float16(weight):
     """A weight as float16, unless that cannot hold it: half the file, for rounding that shows nowhere."""
-    return weight.astype(
-        np.float16 if np.abs(weight).max(initial=0) < np.finfo(np.float16).max else np.float32
-    )
+    fits = np.abs(weight).max(initial=0) < np.finfo(np.float16).max
+    return weight.astype(np.float16 if fits else np.float32)
+
+
+class _WeightsInMemory(io.BytesIO):
+    """The weights file of a model, since HDF5 may crash the process where it cannot write to a disk."""
+
+    def __init__(self, model):
+        super().__init__()
+        model.save_weights(self)
+
+    def __str__(self):
+        return "memory.weights.h5"  # Keras looks at the ending
+
+
+def write_weights(path, model, history=None):
+    """Write the weights of a model, in full precision, and with them the history of its training."""
+    memory = _WeightsInMemory(model)
+    if history is not None:
+        with h5py.File(memory, "a") as file:
+            file["history"] = json.dumps(history)
+    Path(path).write_bytes(memory.getbuffer())
 
 
 def save_model(draft, model, name):
@@ -751,7 +758,7 @@ def save_model(draft, model, name):
     copy = portable_copy(model)
     (draft / "models" / f"{name}.json").write_text(portable_json(copy) + "\n", encoding="utf-8")
     memory = io.BytesIO()
-    with h5py.File(_in_memory(copy)) as full, h5py.File(memory, "w") as small:
+    with h5py.File(_WeightsInMemory(copy)) as full, h5py.File(memory, "w") as small:
 
         def add(path, item):
             if isinstance(item, h5py.Dataset):
@@ -763,29 +770,6 @@ def save_model(draft, model, name):
 
         full.visititems(add)
     (draft / "weights" / f"{name}.weights.h5").write_bytes(memory.getbuffer())
-
-
-class _Memory(io.BytesIO):
-    """File in memory that Keras takes for one of weights, since it looks at the ending of `str(path)`."""
-
-    def __str__(self):
-        return "memory.weights.h5"
-
-
-def _in_memory(model):
-    """The weights file of a model, in memory: HDF5 crashes the process when it cannot write to a disk."""
-    memory = _Memory()
-    model.save_weights(memory)
-    return memory
-
-
-def write_weights(path, model, history=None):
-    """Write the weights of a model, in full precision, and with them the history of its training."""
-    memory = _in_memory(model)
-    if history is not None:
-        with h5py.File(memory, "a") as file:
-            file["history"] = json.dumps(history)
-    Path(path).write_bytes(memory.getbuffer())
 
 
 def _model_name(run, part):
@@ -804,11 +788,11 @@ def saved_runs(out, part=None):
 def denoiser_runs(out, dataset, part):
     """Names of a data set's denoisers by default, `simple_DATASET` and `stacked_DATASET`, that are saved."""
     saved = saved_runs(out, part)
-    return [run for kind in ("simple", "stacked") if (run := f"{kind}_{dataset}") in saved]
+    return [run for run in (f"simple_{dataset}", f"stacked_{dataset}") if run in saved]
 
 
 def load_model(out, run, part=None, precision="float32"):
-    """Load a saved model and verify it against the run record.
+    """Load a saved model, and check that its files are those that the run record names.
 
     Args:
         out: Folder that holds `models/`, `weights/` and `logs/`.
@@ -818,74 +802,44 @@ def load_model(out, run, part=None, precision="float32"):
 
     Returns:
         `keras.Model`, uncompiled, with float32 outputs.
-
-    Raises:
-        ModelError: no such model, a file that differs from what the run wrote, or no readable model.
     """
-    out = Path(out)
     finish_publishing(out, run)
-    name = _model_name(run, part)
+    out, name = Path(out), _model_name(run, part)
     architecture, weights = out / "models" / f"{name}.json", out / "weights" / f"{name}.weights.h5"
     if not architecture.exists():
         there = ", ".join(saved_runs(out, part)) or "no trained model yet"
         raise ModelError(f"{architecture}: not found; there is {there}")
     checksums = read_record(out, run).get("files", {})
     for path in (architecture, weights):
-        expected = checksums.get(path.relative_to(out).as_posix())
         if not path.exists():
             raise ModelError(f"{path}: not found; restore it or train {run} again")
+        expected = checksums.get(path.relative_to(out).as_posix())
         if expected and sha256_of(path) != expected:
             raise ModelError(
                 f"{path}: not the file that {run} wrote (SHA-256 differs); restore it or train again"
             )
     try:
-        config = json.loads(architecture.read_text(encoding="utf-8"))
-        with keras.StatelessScope(initialize_variables=False):  # takes no memory yet
-            model = keras.models.model_from_json(json.dumps(_in_precision(config, precision)))
+        config = _in_precision(json.loads(architecture.read_text(encoding="utf-8")), precision)
+        model = keras.models.model_from_json(json.dumps(config))
         if not isinstance(model, keras.Model):
             raise TypeError(type(model).__name__)
     except Exception as error:  # Keras raises whatever its parsing stumbles over
         raise ModelError(f"{architecture}: not a Keras model ({first_line(error)}); restore it") from None
+    picture = (None, None, None, 3)
+    takes, gives = model.input_shape == picture, model.output_shape == picture
+    fits = {"encoder": takes, "decoder": gives, "autoencoder": takes and gives}
+    if part and not fits[part]:
+        raise ModelError(f"{architecture}: no {part} of pictures of any size; restore it or train again")
     try:
-        _check_size(weights, model.count_params())
-        with keras.StatelessScope():  # when it ends, the weights get their memory
-            pass
         with warnings.catch_warnings(action="ignore"):  # of every layer of another model
             model.load_weights(weights)
-        if not all(np.abs(weight).max(initial=0) < LARGEST_WEIGHT for weight in model.get_weights()):
-            raise ValueError("some are huge or not numbers")
     except Exception as error:
         if _is_out_of_memory(error):
             raise
         raise ModelError(
             f"{weights}: not the weights of {architecture} ({first_line(error)}); restore it"
         ) from None
-    if part and not _is_part(model, part):
-        raise ModelError(
-            f"{architecture}: no {part} of pictures of any size; restore it or train {run} again"
-        )
     return model
-
-
-def _is_part(model, part):
-    """Whether the shapes that a model takes and gives are those of one of PARTS."""
-    picture, returned = (None, None, None, 3), [tuple(tensor.shape) for tensor in model.outputs]
-    fits = part == "decoder" or model.input_shape == picture  # of several inputs it is a list or a dict
-    codes = len(returned) % 2 == 0 and all(len(shape) == 4 for shape in returned)
-    fits = fits and (codes if part == "encoder" else returned == [picture])
-    same = (1, 64, 64, 3)
-    return fits and (part != "autoencoder" or model.compute_output_shape(same) == same)
-
-
-def _check_size(path, parameters):
-    """Raise ValueError if the model, or what a weights file declares, needs over twice the file's bytes."""
-    sizes = []
-    with h5py.File(path) as file:
-        file.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
-    needed = max(2 * parameters, sum(sizes))  # a parameter has 2 bytes at least
-    if needed > 2 * path.stat().st_size:  # weights hardly pack
-        keras.utils.clear_session()  # drops the initializers that wait to make the weights
-        raise ValueError("too small for what is declared")
 
 
 def _in_precision(config, precision):
@@ -901,11 +855,7 @@ def _in_precision(config, precision):
 
 
 def start_from(model, out, run, part=None):
-    """Set the weights of a model to those of a saved one, named as for `load_model`, to go on from there.
-
-    Raises:
-        ModelError: the saved model is missing, damaged or of another architecture.
-    """
+    """Set the weights of a model to those of a saved one, named as for `load_model`, to go on from there."""
     saved = load_model(out, run, part)
     try:
         model.set_weights(saved.get_weights())

@@ -163,7 +163,7 @@ def record_seeds(out):
 
     def read_record(path):
         (out / "logs/damaged.json").write_bytes(path.read_bytes())
-        util.read_record(out, "damaged").get("files", {}).get("x")
+        util.read_record(out, "damaged")
 
     def read_arguments(path):
         (out / "logs/damaged.training/arguments.json").write_bytes(path.read_bytes())
@@ -250,7 +250,7 @@ def fuzz(kind, seeds, count, rng, folder):
             with contextlib.redirect_stdout(io.StringIO()):
                 reader(path)
             read += 1
-        except OSError:
+        except (OSError, MemoryError):
             refused += 1
         except BaseException as error:
             error.add_note(f"{kind}, case {index}")

@@ -1,9 +1,7 @@
 import argparse
 import contextlib
 import io
-import json
 import os
-import resource
 import shutil
 import socket
 import struct
@@ -22,7 +20,6 @@ import simple_autoencoder as simple
 import stl10_input
 import util
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -339,14 +336,6 @@ def test_run_is_not_published_by_half(tmp_path):
     assert not files_of(tmp_path)
 
 
-def saved(out, name, model):
-    for folder in ("models", "weights"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    (out / f"models/autoencoder_{name}.json").write_text(model.to_json())
-    util.write_weights(out / f"weights/autoencoder_{name}.weights.h5", model)
-    return out / f"models/autoencoder_{name}.json", out / f"weights/autoencoder_{name}.weights.h5"
-
-
 def of(shape, *layers_of_it):
     x = inputs = keras.Input(shape)
     for layer in layers_of_it:
@@ -358,79 +347,10 @@ def same(channels=3):
     return layers.Conv2D(channels, 3, padding="same")
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: of((28, 28, 1), layers.Flatten(), layers.Dense(10)),
-        lambda: of((32, 32, 3), same()),
-        lambda: of((None, None, 3), layers.Conv2D(3, 3, 2, padding="same")),
-        lambda: of((None, None, 3), layers.Conv2D(3, 3)),
-        lambda: of((None, None, 1), same(1)),
-        lambda: of((None, None, 3), same(6)),
-    ],
-)
-def test_models_that_are_no_autoencoders(tmp_path, build):
-    saved(tmp_path, "m", build())
-    line = told_line(util.load_model, tmp_path, "m", "autoencoder")
-    assert "autoencoder_m.json: no autoencoder of pictures of any size; restore it or train" in line
-
-
-def test_model_that_is_no_encoder(tmp_path):
-    autoencoder = saved(tmp_path, "m", of((None, None, 3), layers.Conv2D(5, 3)))
-    for path in autoencoder:
-        path.rename(path.with_name(path.name.replace("autoencoder", "encoder")))
-    assert "encoder_m.json: no encoder of pictures" in told_line(util.load_model, tmp_path, "m", "encoder")
-
-
 def test_results_that_are_not_finite_are_refused():
     model = of((None, None, 3), same())
     model.set_weights([np.full_like(weight, np.inf) for weight in model.get_weights()])
     assert told_line(util.denoise_picture, model, COLOURS).startswith("the result is not finite; restore")
-
-
-def test_decoder_that_is_an_encoder(trained_copy):
-    for folder, ending in (("models", "json"), ("weights", "weights.h5")):
-        encoder = trained_copy / f"{folder}/encoder_{NAME}.{ending}"
-        shutil.copy(encoder, encoder.with_name(f"decoder_{NAME}.{ending}"))
-    (trained_copy / f"logs/{NAME}.json").unlink()
-    line = told_line(util.load_model, trained_copy, NAME, "decoder")
-    assert f"decoder_{NAME}.json: no decoder of pictures" in line
-
-
-def test_weights_that_are_not_numbers_or_larger_than_their_file(tmp_path):
-    model = of((None, None, 3), same())
-    for value in (np.nan, 1e30):
-        model.set_weights([np.full_like(weight, value) for weight in model.get_weights()])
-        saved(tmp_path, "m", model)
-        line = told_line(util.load_model, tmp_path, "m", "autoencoder")
-        assert "autoencoder_m.weights.h5: not the weights of" in line
-        assert line.endswith("(some are huge or not numbers); restore it")
-    architecture, weights = saved(tmp_path, "m", of((None, None, 3), same()))
-    text, before = architecture.read_text(), peak_memory()
-    architecture.write_text(text.replace('"filters": 3', '"filters": 30000000'))
-    assert "too small for what is declared" in told_line(util.load_model, tmp_path, "m", "autoencoder")
-    architecture.write_text(text)
-    with h5py.File(weights, "a") as file:
-        del file["layers/conv2d/vars/0"]
-        file.create_dataset("layers/conv2d/vars/0", (10**9,), "f4", chunks=(10**6,), compression="gzip")
-    assert "too small for what is declared" in told_line(util.load_model, tmp_path, "m", "autoencoder")
-    assert peak_memory() - before < 1e9
-
-
-def peak_memory():
-    """Most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@pytest.mark.parametrize(
-    "record",
-    [{"base": "../../elsewhere"}, *({"arguments": {"size": size}} for size in ("abc", -5, True, 3))],
-)
-def test_names_and_sizes_of_a_record_are_checked(tmp_path, record):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/r.json").write_text(json.dumps(record))
-    line = told_line(util.read_record, tmp_path, "r")
-    assert line == f"{tmp_path}/logs/r.json: damaged run record; delete it, or train r again"
 
 
 def trickle(connection, first, piece):
