@@ -2,14 +2,15 @@
 
     python classifier.py                               # CIFAR-10
     python classifier.py --dataset photos              # built-in photographs, no download
+    python classifier.py --dataset animals             # a folder with a subfolder of images for each class
     python classifier.py --resume                      # go on after an interruption
     python classifier.py evaluate                      # measure the saved classifier again
-    python classifier.py --features simple_cifar10     # classify that encoder's feature maps instead
 
 The classifier never sees noise nor a denoised image in training: what it loses between clean and denoised
 images is a verdict on the denoiser. Prints its accuracy on clean, noisy and denoised test images and the
 pairs that it confuses most. Writes, under the run's name (`classifier_cifar10`), model and weights,
-`figures/NAME_*.png` (confusion matrices, accuracy against sigma, history), a log and a run record.
+`figures/NAME_*.png` (confusion matrices, accuracy against sigma, history), a log and a run record. A fault is
+a `DataError` or `ModelError`, both `OSError`, whose message is one line that names the file and the remedy.
 
 On CIFAR-10 the defaults take 236 minutes on two CPU cores with AVX512-BF16, then 10 minutes to measure.
 
@@ -20,15 +21,7 @@ behind a fixed whitening of 2x2 patches.
 from functools import partial
 
 import util
-from load_data import (
-    SIGMAS,
-    Batches,
-    add_data_options,
-    add_noise,
-    check_labelled,
-    dataset_name,
-    load_data,
-)
+from load_data import SIGMAS, Batches, add_data_options, add_noise, check_labelled, dataset_name, load_data
 
 import keras
 import numpy as np
@@ -42,7 +35,6 @@ from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 WIDTHS = (128, 384, 384)
 WHITENED_IMAGES = 5000  # that the whitening is computed from
 WHITENING_EPSILON = 5e-4  # added to the variances, so that the faintest patterns are not blown up
-FEATURE_SIDE = 8  # grid that feature maps are averaged to
 
 # optimization
 ENLARGED = (0.5, 0.5, 0.25)  # share of the images in each round; further ones as the last
@@ -91,20 +83,16 @@ def convolution(x, width, name, halve=False):
     return layers.Activation("gelu", name=f"{name}_gelu")(x)
 
 
-def build_classifier(shape, classes, widths=WIDTHS, of_features=False):
-    """Classifier: inputs (N, *shape) to probabilities (N, classes).
+def build_classifier(shape, classes, widths=WIDTHS):
+    """Classifier: images (N, H, W, 3) in [0, 1] to probabilities (N, classes).
 
     Args:
-        shape: (H, W, 3) of images in [0, 1], or (h, w, c) of feature maps.
+        shape: (H, W, 3).
         classes: Number of classes.
         widths: Channels of each pair of convolutions.
-        of_features: Leave out the whitening and the first pair of convolutions.
     """
-    inputs = x = keras.Input(shape, name="features" if of_features else "images")
-    if not of_features:
-        x = layers.Conv2D(24, 2, activation="gelu", trainable=False, name="whitening")(x)
-    else:
-        widths = widths[1:]
+    inputs = keras.Input(shape, name="images")
+    x = layers.Conv2D(24, 2, activation="gelu", trainable=False, name="whitening")(inputs)
     for level, width in enumerate(widths, start=1):
         x = convolution(x, width, f"convolution_{level}a", halve=True)
         x = convolution(x, width, f"convolution_{level}b")
@@ -122,7 +110,7 @@ class LabelledBatches(Batches):
     both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
 
     Args:
-        images: uint8 array (N, H, W, 3), or a float array (N, h, w, c) of feature maps, fed as they are.
+        images: uint8 array (N, H, W, 3).
         labels: int64 array (N,).
         classes: Number of classes.
         batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
@@ -138,10 +126,9 @@ class LabelledBatches(Batches):
 
     def prepare(self, index):
         chosen, batch = self.take(index)
-        if batch.dtype == np.uint8:
-            mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
-            batch[mirrored] = batch[mirrored, :, ::-1]
-            batch = shift_zoom_or_cut_out(batch, self.random(index), self.enlarged)
+        mirrored = self.mirrored_first[chosen] ^ (self.epoch % 2 == 1)
+        batch[mirrored] = batch[mirrored, :, ::-1]
+        batch = shift_zoom_or_cut_out(batch, self.random(index), self.enlarged)
         return util.to_float(batch), self.one_hot[chosen]
 
 
@@ -220,18 +207,9 @@ def average_weights(model, weights, batches):
 
 
 def train_round(model, batches, validation, args, number, epochs_before):
-    """Train a classifier with a learning rate that falls to zero; go on from a checkpoint that is there.
+    """Train with a learning rate that falls to zero, up to the best weights; the metrics of each epoch.
 
-    Args:
-        model: Built classifier; has the best weights afterwards.
-        batches: `LabelledBatches`.
-        validation: Inputs and one-hot labels that tell the best epoch.
-        args: Arguments of the run.
-        number: Of the round, from 1.
-        epochs_before: Epochs of earlier rounds.
-
-    Returns:
-        The metrics, a dict for each epoch.
+    Goes on from a checkpoint that is there. `number` counts the rounds from 1.
     """
     epochs = args.epochs * number // args.rounds - args.epochs * (number - 1) // args.rounds
     rate = args.learning_rate * (1 if number == 1 else LATER_ROUNDS_RATE)
@@ -246,28 +224,24 @@ def train_round(model, batches, validation, args, number, epochs_before):
     return [{"round": number} | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
 
 
-def train(args, data, inputs):
+def train(args, data):
     """Train a classifier on the clean training split, in rounds, and average their weights.
 
     Args:
         args: Arguments of the run.
         data: `load_data.Data`.
-        inputs: Training and validation inputs by split.
 
     Returns:
         Trained classifier, float32 and uncompiled, the metrics, a dict for each epoch, and accuracy and loss
         on the validation split.
     """
-    classes, shape = len(data.class_names), inputs["train"].shape[1:]
-    if min(shape[:2]) < 2 ** (len(WIDTHS) - bool(args.features)):  # which pooling would make empty
-        width_height = f"{shape[1]}x{shape[0]}"
-        raise util.ModelError(f"{args.features}: feature maps of {width_height}; choose a larger --size")
-    feed = partial(LabelledBatches, inputs["train"], data.labels["train"], classes, args.batch_size)
-    validation = util.to_float(inputs["validation"]), np.eye(classes)[data.labels["validation"]]
-    model = build_classifier(shape, classes, args.widths, bool(args.features))
+    images, classes = data.images["train"], len(data.class_names)
+    feed = partial(LabelledBatches, images, data.labels["train"], classes, args.batch_size)
+    validation = util.to_float(data.images["validation"]), np.eye(classes)[data.labels["validation"]]
+    model = build_classifier(images.shape[1:], classes, args.widths)
     if args.start:
         util.start_from(model, args.out, args.start)
-    elif not args.features:
+    else:
         model.get_layer("whitening").set_weights(whitening(data.first("train", WHITENED_IMAGES)))
     rows, weights = [], []
     for number in range(1, args.rounds + 1):
@@ -281,60 +255,29 @@ def train(args, data, inputs):
     return util.portable_copy(model), rows, {"accuracy": share, "loss": loss}
 
 
-def encoder_checksum(args):
-    """SHA-256 of the weights that make the feature maps; None without --features."""
-    return util.sha256_of(args.out / f"weights/encoder_{args.features}.weights.h5") if args.features else None
-
-
-def representation(args):
-    """What the classifier is fed: function from images (N, H, W, 3), uint8 or float32, to float32 inputs."""
-    if not args.features:
-        return util.to_float
-    encoder = util.load_model(args.out, args.features, "encoder")
-    return lambda images: util.encode(encoder, images, FEATURE_SIDE)
-
-
-def training_inputs(args, data):
-    """Inputs of the training and validation splits: images, or feature maps read from their files."""
-    inputs = {split: data.images[split] for split in ("train", "validation")}
-    if args.features:
-        for split, images in inputs.items():
-            described = {"dataset": data.name, "split": split, "sigma": 0.0}
-            inputs[split] = util.feature_maps(
-                args.out, args.features, split, images, data.labels[split], FEATURE_SIDE, **described
-            )
-    return inputs
-
-
-def predict(model, images, represent):
+def predict(model, images):
     """The most probable class of each image, int64 (N,)."""
     count = util.at_once(images, CHUNK)
     starts = range(0, len(images), count)
-    chunks = [model.predict_on_batch(represent(images[start : start + count])) for start in starts]
+    chunks = [model.predict_on_batch(util.to_float(images[start : start + count])) for start in starts]
     return np.concatenate(chunks).argmax(axis=1)
 
 
-def predict_all(model, clean, denoisers, represent):
-    """Predictions for clean, noisy and denoised images.
-
-    Args:
-        model: Saved classifier.
-        clean: uint8 array (N, H, W, 3).
-        denoisers: Dict of saved autoencoders by name.
-        represent: Function of `representation`.
+def predict_all(model, clean, denoisers):
+    """Predictions for clean, noisy and denoised images (N, H, W, 3), uint8.
 
     Returns:
         Dict by (sigma, kind) of classes (N,); kind is `clean` (sigma 0), `noisy`, or a denoiser's name.
     """
     advance = util.progress(1 + len(SIGMAS) * (1 + len(denoisers)), "sets of test images classified")
-    predictions = {(0, "clean"): predict(model, clean, represent)}
+    predictions = {(0, "clean"): predict(model, clean)}
     advance()
     for sigma in SIGMAS:
         noisy = add_noise(clean, sigma)
-        predictions[sigma, "noisy"] = predict(model, noisy, represent)
+        predictions[sigma, "noisy"] = predict(model, noisy)
         advance()
         for name, denoiser in denoisers.items():
-            predictions[sigma, name] = predict(model, util.denoise(denoiser, noisy), represent)
+            predictions[sigma, name] = predict(model, util.denoise(denoiser, noisy))
             advance()
     return predictions
 
@@ -349,8 +292,7 @@ def accuracy(labels, predicted):
 def accuracy_rows(measured):
     """Rows of the table: for each sigma the accuracy of each kind, with its interval.
 
-    Args:
-        measured: Dict by (sigma, kind) of what `accuracy` returns.
+    `measured` is what `accuracy` returns, by (sigma, kind).
     """
     rows = {sigma: {"sigma": sigma} for sigma in SIGMAS}
     for (sigma, kind), (share, low, high) in measured.items():
@@ -392,14 +334,14 @@ def sigma_figure(measured, title):
     return util.curves_figure([("sigma", "accuracy in %", curves)], title)
 
 
-def evaluate(draft, args, model, denoisers, data, represent):
+def evaluate(draft, args, model, denoisers, data):
     """Measure a classifier, print the tables, write the figures.
 
     Returns:
-        What the run record tells of it.
+        What the run record says of it.
     """
     labels, count = data.labels["test"], len(data.labels["test"])
-    predictions = predict_all(model, data.images["test"], denoisers, represent)
+    predictions = predict_all(model, data.images["test"], denoisers)
     measured = {key: accuracy(labels, predicted) for key, predicted in predictions.items()}
     share, low, high = measured[0, "clean"]
     print(f"Accuracy in % on the {count:,} test images of {data.name}, with 95 % intervals:")
@@ -425,34 +367,22 @@ def evaluate(draft, args, model, denoisers, data, represent):
     return {f"{data.name}, {count} images": results}
 
 
-def load_fitting(args, data, represent):
-    """Load a saved classifier that was trained on such data and is fed the same way.
-
-    Raises:
-        util.ModelError: there is none, it is damaged, or it knows other classes, inputs or sizes of images.
-    """
+def load_fitting(args, data):
+    """Load a saved classifier of such classes and such images."""
     model = util.load_model(args.out, args.name)
     record = util.read_record(args.out, args.name)
     path = args.out / "logs" / f"{args.name}.json"
     if not record:
         raise util.ModelError(f"{path}: not found; restore it or train {args.name} again")
     if record.get("class_names") != list(data.class_names):
-        raise util.ModelError(
-            f"{path}: not a classifier of the classes of {data.name}; choose another --name"
-        )
-    trained_on = record.get("arguments", {}).get("features")
-    if trained_on != args.features:
-        remedy = f"give --features {trained_on}" if trained_on else "leave out --features"
-        raise util.ModelError(f"{path}: a classifier of {trained_on or 'images'}; {remedy}")
-    expected, given = model.input_shape[1:], represent(data.images["test"][:1]).shape[1:]
+        raise util.ModelError(f"{path}: knows other classes than {data.name}; choose another --name")
+    expected, given = model.input_shape[1:], data.images["test"].shape[1:]
     if expected != given:
         raise util.ModelError(f"{path}: classifies {expected}, not {given}; choose another --size")
-    if record.get("encoder_sha256") != encoder_checksum(args):
-        raise util.ModelError(f"{path}: {args.features} has new weights since; train {args.name} again")
     return model
 
 
-def write_run(args, model, rows, validation, denoisers, data, represent):
+def write_run(args, model, rows, validation, denoisers, data):
     """Write everything that a training run leaves behind, all at once."""
     with util.publishing(args.out, args.name) as draft:
         util.save_model(draft, model, args.name)
@@ -461,11 +391,10 @@ def write_run(args, model, rows, validation, denoisers, data, represent):
         util.save_figures(draft, args.name, {"history": history})
         record = util.describe_run(args, rows) | {"data": data.identity}
         record |= {"training_images": len(data.images["train"]), "class_names": data.class_names}
-        record |= {"encoder_sha256": encoder_checksum(args)}
         rounds = [[row for row in rows if row["round"] == number] for number in range(1, args.rounds + 1)]
         record["best"] = [util.best_row(epochs, MONITOR) for epochs in rounds]
         record["validation"] = validation
-        record["evaluation"] = evaluate(draft, args, model, denoisers, data, represent)
+        record["evaluation"] = evaluate(draft, args, model, denoisers, data)
         util.write_record(draft, args.name, record)
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")
 
@@ -475,66 +404,41 @@ def replaced(rows, new):
     return list({(row["sigma"], row["images"]): row for row in [*rows, *new]}.values())
 
 
-def evaluate_saved(args, data, denoisers, represent):
+def evaluate_saved(args, data, denoisers):
     """Evaluate a saved classifier, write its figures and add the result to the run record."""
     with util.locked(args.out, args.name):
-        model = load_fitting(args, data, represent)
+        model = load_fitting(args, data)
         record = util.read_record(args.out, args.name)
         with util.publishing(args.out, args.name) as draft:
             evaluations = record.get("evaluation", {})
-            for key, rows in evaluate(draft, args, model, denoisers, data, represent).items():
+            for key, rows in evaluate(draft, args, model, denoisers, data).items():
                 evaluations[key] = replaced(evaluations.get(key, []), rows)
             util.write_record(draft, args.name, record | {"evaluation": evaluations})
     print(f"Written to {args.out}: record and figures of {args.name}")
 
 
 def default_name(args):
-    """Name of the run, where none is given."""
-    return "_".join(filter(None, ("classifier", dataset_name(args.dataset), args.features)))
+    return f"classifier_{dataset_name(args.dataset)}"
 
 
 def parse_args(argv=None):
     argv, parser, add_verb = util.verb_parser(argv, __doc__)
-    train_parser = add_verb("train", help="train a classifier and measure it")
-    add_data_options(train_parser)
-    util.add_training_options(train_parser, EPOCHS, BATCH_SIZE)
-    train_parser.add_argument(
-        "--rounds",
-        type=util.number(int, 1),
-        default=ROUNDS,
-        help="parts of the training; in each the rate falls to zero, and their weights are averaged",
-    )
-    train_parser.add_argument(
-        "--learning-rate",
-        type=util.number(float, 0),
-        default=LEARNING_RATE,
-        help="learning rate at the start",
-    )
-    train_parser.add_argument(
-        "--widths",
-        type=util.number(int, 1),
-        nargs=len(WIDTHS),
-        default=WIDTHS,
-        metavar=("W1", "W2", "W3"),
-        help="channels of each pair of convolutions; the first is left out with --features",
-    )
+    train_help = "train a classifier and measure it; a FOLDER must have a subfolder for each class"
+    train_parser = add_verb("train", help=train_help, description=train_help)
     evaluate_parser = add_verb("evaluate", help="measure a saved classifier")
+    add_data_options(train_parser)
     add_data_options(evaluate_parser)
+    util.add_training_options(train_parser, EPOCHS, BATCH_SIZE)
     util.add_saved_run_options(evaluate_parser)
+    add = train_parser.add_argument
+    rounds = "parts of the training; in each the rate falls to zero, and their weights are averaged"
+    add("--rounds", type=util.number(int, 1), default=ROUNDS, help=rounds)
+    add("--learning-rate", type=util.number(float, 0), default=LEARNING_RATE, help="at the start")
+    widths = {"nargs": len(WIDTHS), "default": WIDTHS, "metavar": ("W1", "W2", "W3")}
+    add("--widths", type=util.number(int, 1), **widths, help="channels of each pair of convolutions")
+    denoisers = "runs that denoise the test images (default: simple_DATASET and stacked_DATASET, if there)"
     for verb in (train_parser, evaluate_parser):
-        verb.add_argument(
-            "--denoisers",
-            type=util.run_name,
-            nargs="+",
-            metavar="NAME",
-            help="runs that denoise the test images (default: simple_DATASET and stacked_DATASET, if there)",
-        )
-        verb.add_argument(
-            "--features",
-            type=util.run_name,
-            metavar="NAME",
-            help="run whose encoder's feature maps are classified instead of images",
-        )
+        verb.add_argument("--denoisers", type=util.run_name, nargs="+", metavar="NAME", help=denoisers)
     args = util.parse_resumable(parser, train_parser, argv, default_name)
     if args.verb == "train" and args.epochs < args.rounds:
         train_parser.error(f"argument --epochs: {args.epochs} are too few for {args.rounds} rounds")
@@ -546,17 +450,15 @@ def main(argv=None):
     if args.denoisers is None:
         args.denoisers = util.denoiser_runs(args.out, dataset_name(args.dataset), "autoencoder")
     denoisers = {name: util.load_model(args.out, name, "autoencoder") for name in args.denoisers}
-    represent = representation(args)
     if args.verb == "evaluate":
         record = util.read_record(args.out, args.name)
         size = args.size or util.size_of_run(record, dataset_name(args.dataset))
-        evaluate_saved(args, load_data(args.dataset, args.data_dir, size), denoisers, represent)
+        evaluate_saved(args, load_data(args.dataset, args.data_dir, size), denoisers)
         return
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     check_labelled(data, args.dataset, args.limit)
     with util.training(__file__, args, data.checksums):
-        trained = train(args, data, training_inputs(args, data))
-        write_run(args, *trained, denoisers, data, represent)
+        write_run(args, *train(args, data), denoisers, data)
 
 
 if __name__ == "__main__":
