@@ -9,10 +9,13 @@ of the feature maps of saved encoders, when it is clean, noisy and denoised; a l
 is trained on the same spaces. Prints a table of accuracies and writes `figures/knn_DATASET_accuracy.png`,
 `figures/knn_DATASET_neighbours.png`, `figures/knn_DATASET_clusters.png` (k-means on the feature maps), with
 `models/kmeans_knn_DATASET_ENCODER_{centroids,labels}.npy`; `logs/knn_DATASET.json`; and feature maps for the
-next time, 0.6 GB. CIFAR-10 takes 12 minutes on two CPU cores with AVX512-BF16.
+next time, 0.6 GB. CIFAR-10 takes 12 minutes on two CPU cores with AVX512-BF16. A fault is a `DataError` or
+`ModelError`, both `OSError`, whose message is one line that names the file and the remedy.
 """
 
 import argparse
+import contextlib
+import hashlib
 from functools import partial
 
 import util
@@ -27,6 +30,7 @@ from load_data import (
     load_data,
 )
 
+import h5py
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import mode
@@ -47,6 +51,61 @@ SHOWN_CLUSTERS, SHOWN_OF_A_CLUSTER = 20, 10
 CHUNK = 1000  # images compressed at a time
 
 
+def pool(maps, side):
+    """Average feature maps (N, h, w, c) over side x side cells; an axis that is shorter stays as it is."""
+    for axis in (1, 2):
+        length = maps.shape[axis]
+        edges = np.linspace(0, length, min(side, length) + 1).round().astype(int)
+        sums = np.add.reduceat(maps, edges[:-1], axis=axis)
+        sizes = np.diff(edges).astype(maps.dtype)
+        maps = sums / np.expand_dims(sizes, [other for other in range(4) if other != axis])
+    return maps
+
+
+def feature_maps(out, run, subset, images, labels, pooling=0, **described):
+    """Feature maps of a saved encoder: read from their file, or made, where none was made from the same.
+
+    Args:
+        out: Folder that holds `models/`, `weights/` and `feature_maps/`.
+        run: Name of the encoder's run.
+        subset: Which images, for the name of the file, `feature_maps/RUN_SUBSET_COUNT_poolSIDE.h5`.
+        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1].
+        labels: N labels.
+        pooling: Side of the grid that the maps are averaged to; 0 leaves them as they are.
+        described: Further attributes for whoever reads the file: data set, split, sigma.
+
+    Returns:
+        float16 array (N, h, w, c).
+    """
+    path = out / f"feature_maps/{run}_{subset}_{len(images)}_pool{pooling}.h5"
+    made_from = described | {
+        "run": run,
+        "weights": util.sha256_of(out / f"weights/encoder_{run}.weights.h5"),
+        "images": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
+        "pooling": pooling,
+    }
+    features = read_feature_maps(path, made_from)
+    if features is not None:
+        return features
+    encoder = util.load_model(out, run, "encoder")
+
+    def encode(images):
+        maps = util.encode(encoder, images)
+        return pool(maps, pooling) if pooling else maps
+
+    with util.atomic(path) as temporary:
+        util.write_feature_maps(temporary, encode, images, labels, made_from)
+    return read_feature_maps(path, made_from)
+
+
+def read_feature_maps(path, made_from):
+    """Feature maps of a file with these attributes; None where there is none, or a damaged one."""
+    with contextlib.suppress(OSError, KeyError, ValueError), h5py.File(path) as file:
+        if dict(file.attrs) == made_from:
+            return file["features"][()]
+    return None
+
+
 def flat(images):
     """Images (N, H, W, 3), uint8 or float32, as points (N, H * W * 3), float32 in [0, 1]."""
     return util.to_float(images).reshape(len(images), -1)
@@ -61,17 +120,16 @@ def compressed(images, pca):
 
 
 def spaces(args, data):
-    """The spaces to compare.
+    """The spaces to compare, by label: functions to points (N, d), float32.
 
-    Returns:
-        Dict by label of functions: images (N, H, W, 3), labels, name of the subset that these are (it begins
-        with that of the split) and sigma of their noise to points (N, d), float32.
+    They take images (N, H, W, 3), labels, the name of this subset, which begins with its split, and the
+    sigma of its noise.
     """
     pca = fit_pca(data.images["train"])
 
     def maps(run, images, labels, subset, sigma=0.0):
         described = {"dataset": data.name, "split": subset.partition("_")[0], "sigma": float(sigma)}
-        features = util.feature_maps(args.out, run, subset, images, labels, args.pooling, **described)
+        features = feature_maps(args.out, run, subset, images, labels, args.pooling, **described)
         return features.reshape(len(features), -1).astype(np.float32)
 
     return {
@@ -109,13 +167,7 @@ def accuracies(predictions, labels):
 def fit_svm(points, labels, seed):
     """Fit a linear support vector machine by stochastic gradient descent, in little memory.
 
-    Args:
-        points: float32 array (N, d); standardized in place.
-        labels: N labels.
-        seed: Of the order.
-
-    Returns:
-        Fitted pipeline; its `predict`, too, standardizes in place.
+    To fit and to `predict` standardizes the points (N, d), float32, in place.
     """
     scaler = StandardScaler(copy=False)
     for start in range(0, len(points), CHUNK):  # all at once, it would take a copy in float64
@@ -157,7 +209,7 @@ def compare(args, data, queries, space_of):
     return rows, nearest
 
 
-def cluster(args, data, transform):
+def cluster(args, data, space, transform):
     """k-means on the denoisers' training images.
 
     Returns:
@@ -165,7 +217,10 @@ def cluster(args, data, transform):
     """
     split = data.denoiser_split
     points = transform(data.images[split], data.labels[split], split)
-    kmeans = KMeans(args.clusters, random_state=args.seed).fit(points)
+    different = len({hash(point.tobytes()) for point in points})
+    if different < args.clusters:
+        print(f"{space}: {different} clusters, since no more of its {len(points):,} points differ")
+    kmeans = KMeans(min(args.clusters, different), random_state=args.seed).fit(points)
     distances = kmeans.transform(points)
     return kmeans, np.argsort(distances, axis=0, kind="stable")[:SHOWN_OF_A_CLUSTER].T
 
@@ -179,7 +234,7 @@ def cluster_all(draft, args, data, space_of):
     labels = data.labels[data.denoiser_split]
     rows, gallery = [], {}
     for space in ("PCA", *args.encoders):
-        kmeans, members = cluster(args, data, space_of[space])
+        kmeans, members = cluster(args, data, space, space_of[space])
         rows.append(cluster_row(space, labels, kmeans.labels_))
         if space in args.encoders:
             gallery[space] = members
@@ -242,12 +297,10 @@ def neighbours_figure(data, queries, nearest):
     for space, found in nearest.items():
         for rank in range(min(SHOWN_NEIGHBOURS, found[noisy].shape[1])):
             index = found[noisy][shown, rank]
-            rows.append(
-                (f"{space}\n{rank + 1}", data.images["train"][index], names(data.labels["train"][index]))
-            )
-    return util.rows_figure(
-        rows, f"{data.name}: training images nearest to the query ({noisy}) in each space"
-    )
+            images, captions = data.images["train"][index], names(data.labels["train"][index])
+            rows.append((f"{space}\n{rank + 1}", images, captions))
+    title = f"{data.name}: training images nearest to the query ({noisy}) in each space"
+    return util.rows_figure(rows, title)
 
 
 def clusters_figure(data, gallery):
@@ -267,34 +320,17 @@ def parse_args(argv=None):
     )
     add_data_options(parser)
     util.add_run_options(parser)
-    parser.add_argument(
-        "--encoders",
-        type=util.run_name,
-        nargs="+",
-        metavar="NAME",
-        help="runs whose feature maps are compared (default: simple_DATASET and stacked_DATASET, if saved)",
-    )
-    parser.add_argument(
-        "--denoiser",
-        type=util.run_name,
-        metavar="NAME",
-        help="run that denoises the queries (default: the last encoder)",
-    )
-    parser.add_argument(
-        "--sigmas",
-        type=util.number(float, 1e-3, 255),
-        nargs="+",
-        default=(25, 50),
-        help="noise of the queries",
-    )
-    parser.add_argument(
-        "--pooling",
-        type=util.number(int, 0),
-        default=POOLED_SIDE,
-        metavar="SIDE",
-        help="grid that feature maps are averaged to; 0: as they are",
-    )
-    parser.add_argument("--clusters", type=util.number(int, 2), default=10, help="centroids of k-means")
+    add = parser.add_argument
+    encoders = "runs whose feature maps are compared (default: simple_DATASET and stacked_DATASET, those that"
+    encoders += " are saved; without any, train one first)"
+    add("--encoders", type=util.run_name, nargs="+", metavar="NAME", help=encoders)
+    denoiser = "run that denoises the queries (default: the last encoder)"
+    add("--denoiser", type=util.run_name, metavar="NAME", help=denoiser)
+    sigma = util.number(float, 1e-3, 255)
+    add("--sigmas", type=sigma, nargs="+", default=(25, 50), help="noise of the queries")
+    side, pooling = util.number(int, 0), "grid that feature maps are averaged to; 0: as they are"
+    add("--pooling", type=side, default=POOLED_SIDE, metavar="SIDE", help=pooling)
+    add("--clusters", type=util.number(int, 2), default=10, help="centroids of k-means")
     args = parser.parse_args(argv)
     args.name = args.name or f"knn_{dataset_name(args.dataset)}"
     return args
@@ -313,8 +349,6 @@ def main(argv=None):
         util.load_model(args.out, run, "encoder")
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     count = len(data.images["test"])
-    if args.clusters > len(data.images[data.denoiser_split]):
-        raise DataError(f"{args.dataset}: fewer training images than --clusters {args.clusters}; lower it")
     check_labelled(data, args.dataset)
     with util.locked(args.out, args.name), util.publishing(args.out, args.name) as draft:
         space_of = spaces(args, data)

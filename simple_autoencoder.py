@@ -916,16 +916,14 @@ def write_gifs(draft, name, folder, clean, noisy):
 
 def write_sample_maps(draft, name, encoder, data):
     """Write the feature maps of the clean test images and of some clean training images, and a figure."""
-    weights = draft / f"weights/encoder_{name}.weights.h5"
     counts = {"test": len(data.images["test"]), "train": FEATURE_MAP_TRAIN_IMAGES}
     for split, count in counts.items():
         chosen = evenly(len(data.images[split]), count)
         height, width = data.images["test"].shape[1:3]
         images, labels = data.images[split][chosen, :height, :width], data.labels[split][chosen]
-        origin = util.feature_map_origin(
-            name, weights, images, pooling=0, dataset=data.name, split=split, sigma=0.0
-        )
-        util.write_feature_maps(draft / f"feature_maps/{name}_{split}.h5", encoder, images, labels, origin)
+        attributes = {"run": name, "dataset": data.name, "split": split, "sigma": 0.0, "pooling": 0}
+        path = draft / f"feature_maps/{name}_{split}.h5"
+        util.write_feature_maps(path, partial(util.encode, encoder), images, labels, attributes)
     figure = feature_figure(encoder, data.first("test", SHOWN))
     util.save_figure(figure, draft / f"feature_maps/{name}.png")
 

@@ -1638,141 +1638,44 @@ def save_gif(figures, path):
     iio.imwrite(path, np.stack(frames), duration=durations if len(frames) > 1 else GIF_FRAME_MS, loop=0)
 
 
-def feature_map_origin(run, weights, images, pooling, **described):
-    """Attributes by which a file of feature maps is known again: run, pooling and what `described` adds, and
-    checksums of the encoder's weights file, `weights`, and of the images."""
-    digest = hashlib.blake2b(repr((images.shape, images.dtype.str)).encode(), digest_size=16)
-    for start in range(0, len(images), 1000):
-        digest.update(np.ascontiguousarray(images[start : start + 1000]))
-    origin = {"run": run, "weights": sha256_of(weights), "images": digest.hexdigest(), "pooling": pooling}
-    return origin | described
-
-
-def pool(maps, side):
-    """Average feature maps (N, h, w, c) over side x side cells; an axis that is shorter stays as it is."""
-    for axis in (1, 2):
-        length = maps.shape[axis]
-        edges = np.linspace(0, length, min(side, length) + 1).round().astype(int)
-        sums = np.add.reduceat(maps, edges[:-1], axis=axis)
-        maps = sums / np.diff(edges).astype(maps.dtype).reshape([-1 if a == axis else 1 for a in range(4)])
-    return maps
-
-
-def encode(encoder, images, pooling=0):
+def encode(encoder, images):
     """Feature maps (z_mean of the last level) of a batch of images.
 
     Args:
         encoder: Saved `encoder`.
         images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1]; H and W are cut to whole cells.
-        pooling: Side of the grid that the maps are averaged to; 0 leaves them as they are.
 
     Returns:
         float32 array (N, h, w, c).
     """
     height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
-    maps = level_means(encoder.predict_on_batch(to_float(images[:, :height, :width])))[-1]
-    return pool(maps, pooling) if pooling else maps
+    return level_means(encoder.predict_on_batch(to_float(images[:, :height, :width])))[-1]
 
 
-class _Sink(io.FileIO):
-    """File for `h5py` to stream to; `check` and `close` raise what went wrong.
+def write_feature_maps(path, encode, images, labels, attributes):
+    """Write an HDF5 file of `features` (N, h, w, c) float16, in chunks, and `labels` (N,).
 
-    HDF5 crashes the process when it cannot write, as on a full disk, so it never learns that it could not.
-    """
-
-    error = None
-
-    def write(self, data):
-        left = memoryview(data).cast("B")
-        try:
-            while left and not self.error:
-                left = left[super().write(left) :]
-        except OSError as error:
-            self.error = error
-        return len(data)
-
-    def truncate(self, size=None):
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-
-    def check(self):
-        error, self.error = self.error, None
-        if error:
-            raise error
-
-    def close(self):
-        super().close()
-        self.check()
-
-
-def write_feature_maps(path, encoder, images, labels, origin):
-    """Stream the feature maps of a saved encoder to an HDF5 file.
-
-    It holds `features` (N, h, w, c) float16, `labels` (N,) int64, and as attributes `origin`, the
-    `feature_map_origin` of the images. The rest is as for `feature_maps`.
+    Args:
+        path: Of the file.
+        encode: Function from some of the images to their feature maps (n, h, w, c).
+        images: Array (N, H, W, 3).
+        labels: N labels.
+        attributes: Dict of what the maps were made from: run, dataset, split, sigma, pooling.
     """
     count = at_once(images)
-    with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
-        file.attrs.update(origin)
+    memory = io.BytesIO()  # HDF5 crashes the process when it cannot write to a disk
+    with h5py.File(memory, "w") as file:
+        file.attrs.update(attributes)
+        file["labels"] = labels
         for start in range(0, len(images), count):
-            maps = encode(encoder, images[start : start + count], origin["pooling"])
+            maps = encode(images[start : start + count])
             if not start:
                 shape = (len(images), *maps.shape[1:])
                 rows = max(1, 2**18 // maps[0].size)  # images in a chunk of half a megabyte
                 chunks = (min(rows, len(images)), *maps.shape[1:])
                 features = file.create_dataset("features", shape, np.float16, chunks=chunks, fletcher32=True)
-            features[start : start + len(maps)] = maps
-            sink.check()
-        file["labels"] = labels
-
-
-def feature_maps(out, run, subset, images, labels, pooling=0, **described):
-    """Feature maps of a saved encoder: read from their file, or made, if there is none that fits.
-
-    A file is taken for what its attributes say, not for its name: one that another model, other images or
-    another pooling made is replaced.
-
-    Args:
-        out: Folder that holds `models/`, `weights/` and `feature_maps/`.
-        run: Name of the encoder's run.
-        subset: Which images, for the name of the file: `feature_maps/RUN_SUBSET.h5`, with `_poolN` if pooled.
-        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1].
-        labels: N labels.
-        pooling: Side of the grid that the maps are averaged to; 0 leaves them as they are.
-        described: What a reader wants to know beside: data set, split, sigma.
-
-    Returns:
-        float16 array (N, h, w, c).
-
-    Raises:
-        ModelError: there is no such encoder, or it is damaged.
-    """
-    encoder = load_model(out, run, "encoder")
-    path = Path(out) / "feature_maps" / f"{run}_{subset}{f'_pool{pooling}' if pooling else ''}.h5"
-    weights = Path(out) / "weights" / f"encoder_{run}.weights.h5"
-    origin = feature_map_origin(run, weights, images, pooling, **described)
-    try:
-        return _read_feature_maps(path, origin, len(images))
-    except FileNotFoundError:
-        pass
-    except (OSError, KeyError, ValueError) as error:
-        print(f"{path}: made again ({first_line(error)})", flush=True)
-    with atomic(path) as temporary:
-        write_feature_maps(temporary, encoder, images, labels, origin)
-    return _read_feature_maps(path, origin, len(images))
-
-
-def _read_feature_maps(path, origin, count):
-    with h5py.File(path) as file:
-        differing = [key for key, value in origin.items() if file.attrs.get(key) != value]
-        if differing:
-            raise ValueError(f"made from something else: {', '.join(differing)}")
-        features = file["features"][()]
-    if len(features) != count:
-        raise ValueError(f"{len(features)} maps of {count}")
-    return features
+            features[start : start + count] = maps
+    Path(path).write_bytes(memory.getbuffer())
 
 
 def write_csv(path, rows):

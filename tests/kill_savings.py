@@ -9,6 +9,7 @@ many kills came in the middle of a save.
 
 import contextlib
 import csv
+import functools
 import io
 import os
 import random
@@ -66,7 +67,9 @@ def save(out, version):
             util.save_model(draft, model_of(version, part), f"{part}_run")
         util.write_csv(draft / "logs/run.csv", [{"version": version}])
         util.write_record(draft, "run", {"version": version})
-    util.feature_maps(out, "run", "test", IMAGES, np.arange(len(IMAGES)), version=version)
+    encode = functools.partial(util.encode, util.load_model(out, "run", "encoder"))
+    with util.atomic(out / "feature_maps/run_test.h5") as path:
+        util.write_feature_maps(path, encode, IMAGES, np.arange(len(IMAGES)), {"version": version})
     checkpoint = checkpoint_of(out, model_of(0))
     epoch = checkpoint.restore()
     fill(checkpoint.model, epoch + 1)

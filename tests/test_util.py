@@ -512,19 +512,6 @@ def test_full_disk_leaves_the_earlier_run(saved):
     assert util.read_record(saved, "small")["seed"] == 1
 
 
-def test_full_disk_leaves_the_earlier_feature_maps(saved):
-    arguments = saved, "small", "test", random_images(50, 32, 32, 3), np.arange(50)
-    expected = util.feature_maps(*arguments)
-    before = files_of(saved)
-    others = *arguments[:3], random_images(50, 32, 32, 3, seed=1), np.arange(50)
-    path = saved / "feature_maps/small_test.h5"
-    for size in (0, 1000, 3000, path.stat().st_size // 2, path.stat().st_size - 1):
-        with largest_file(size):
-            assert told_line(util.feature_maps, *others).startswith(f"{path}: File too large; free some")
-    assert files_of(saved) == before
-    np.testing.assert_array_equal(util.feature_maps(*arguments), expected)
-
-
 FIGURE = util.rows_figure([("", random_images(2, 8, 8, 3), None)])
 WRITERS = {
     "npy": lambda path: np.save(path, np.zeros(10_000)),
@@ -816,91 +803,6 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     for _ in range(3):
         advance(1000)
     assert capsys.readouterr().out == "images: 3,000 of 3,000\n"
-
-
-def test_pooling_against_plain_means():
-    maps = np.random.default_rng(0).random((2, 5, 9, 3))
-    pooled = util.pool(maps, 4)
-    assert pooled.shape == (2, 4, 4, 3)
-    np.testing.assert_allclose(pooled[:, 0, 0], maps[:, 0:1, 0:2].mean(axis=(1, 2)))
-    np.testing.assert_allclose(pooled[:, 1, 3], maps[:, 1:2, 7:9].mean(axis=(1, 2)))
-    np.testing.assert_allclose(util.pool(maps, 16), maps)  # there are no more cells than that
-
-
-@given(arrays(np.float32, (2, 7, 9, 2), elements=st.floats(-10, 10, width=32)), st.integers(1, 12))
-def test_pooled_maps_stay_within_their_cells(maps, side):
-    pooled = util.pool(maps, side)
-    assert pooled.shape == (2, min(side, 7), min(side, 9), 2)
-    assert maps.min() - 1e-5 <= pooled.min() <= pooled.max() <= maps.max() + 1e-5
-    np.testing.assert_allclose(util.pool(maps, 1)[:, 0, 0], maps.mean(axis=(1, 2)), atol=1e-4)
-
-
-def averaging_encoder():
-    """Encoder in stock layers whose z_mean is the average of 2x2 pixels."""
-    image = keras.Input((None, None, 3))
-    average = keras.layers.Conv2D(3, 2, strides=2)
-    z_mean = average(image)
-    encoder = keras.Model(image, [z_mean, keras.layers.Conv2D(3, 1)(z_mean)])
-    average.set_weights([np.full((2, 2, 1, 1), 0.25) * np.eye(3), np.zeros(3)])
-    return encoder
-
-
-@pytest.fixture
-def encoder_run(tmp_path):
-    """Output folder with the averaging encoder as run `small`."""
-    with util.publishing(tmp_path, "small") as draft:
-        util.save_model(draft, averaging_encoder(), "encoder_small")
-        util.write_record(draft, "small", {})
-    return tmp_path
-
-
-def test_feature_maps_are_streamed_with_their_origin(encoder_run, monkeypatch):
-    clean = random_images(5, 5, 6, 3)  # the odd row is cut off
-    weights = encoder_run / "weights/encoder_small.weights.h5"
-    origin = util.feature_map_origin("small", weights, clean, pooling=0, sigma=25.0)
-    path = encoder_run / "f.h5"
-    monkeypatch.setattr(util, "at_once", lambda images: 2)
-    util.write_feature_maps(path, averaging_encoder(), clean, np.arange(5), origin)
-    with h5py.File(path) as file:
-        averages = clean[:, :4].reshape(5, 2, 2, 3, 2, 3).mean(axis=(2, 4)) / 255
-        assert file["features"].dtype == np.float16
-        np.testing.assert_allclose(file["features"], averages, atol=1e-3)
-        assert file["labels"][:].tolist() == [0, 1, 2, 3, 4]
-        assert dict(file.attrs) == origin
-        assert origin["sigma"] == 25.0
-
-
-def test_feature_maps_are_kept_and_used_again(encoder_run, monkeypatch):
-    arguments = encoder_run, "small", "test", random_images(6, 8, 8, 3), np.arange(6)
-    first = util.feature_maps(*arguments, pooling=2)
-    assert first.shape == (6, 2, 2, 3)
-    averages = arguments[3].reshape(6, 2, 4, 2, 4, 3).mean(axis=(2, 4)) / 255
-    np.testing.assert_allclose(first, averages, atol=1e-3)
-    monkeypatch.setattr(util, "write_feature_maps", lambda *_: pytest.fail("made again"))
-    np.testing.assert_array_equal(util.feature_maps(*arguments, pooling=2), first)
-
-
-@pytest.mark.parametrize("other", ["images", "weights", "bytes", "empty"])
-def test_feature_maps_of_something_else_are_noticed(encoder_run, other, capsys):
-    clean, path = random_images(6, 8, 8, 3), encoder_run / "feature_maps/small_test.h5"
-    expected = util.feature_maps(encoder_run, "small", "test", clean, np.arange(6))
-    if other == "images":  # same name, same shape
-        util.feature_maps(encoder_run, "small", "test", random_images(6, 8, 8, 3, seed=1), np.arange(6))
-    elif other == "weights":
-        with h5py.File(path, "a") as file:
-            file.attrs["weights"] = "0" * 64
-            file["features"][:] = 0
-    elif other == "bytes":
-        raw = bytearray(path.read_bytes())
-        place = raw.find(expected[0, 0].tobytes())
-        raw[place] ^= 1
-        path.write_bytes(raw)
-    else:
-        path.write_bytes(b"")
-    capsys.readouterr()
-    found = util.feature_maps(encoder_run, "small", "test", clean, np.arange(6))
-    np.testing.assert_array_equal(found, expected)
-    assert f"{path}: made again (" in capsys.readouterr().out
 
 
 def test_rows_of_images_have_labels_captions_and_one_scale():
