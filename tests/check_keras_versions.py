@@ -21,7 +21,9 @@ import keras
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = sorted(path.stem for path in ROOT.glob("models/*.json"))
+PARTS = ("autoencoder", "encoder", "decoder")
+AUTOENCODERS = ("simple_cifar10", "stacked_cifar10", "stacked_photographs")
+NAMES = [f"{part}_{run}" for run in AUTOENCODERS for part in PARTS] + ["classifier_cifar10"]
 TOLERANCE = 1e-5
 
 
