@@ -22,7 +22,6 @@ import itertools
 import math
 import mmap
 import os
-import pickle
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -61,17 +60,6 @@ from sklearn.model_selection import train_test_split
 Image.MAX_IMAGE_PIXELS = None  # telephones exceed Pillow's bound; MAX_PIXELS is ours
 warnings.filterwarnings("ignore", module="PIL")  # of slightly damaged files
 
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
-CIFAR10_FILE_MD5 = {
-    "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
-    "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
-}
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PHOTOS_CLASSES = ("china", "flower")
 
 BUILT_IN = ("cifar10", "stl10", "photos")
@@ -250,35 +238,12 @@ def dataset_name(dataset):
     return f"{name}_folder" if name in BUILT_IN else name
 
 
-def read_cifar10_batch(path, md5):
-    """Read one batch of the python version of CIFAR-10.
-
-    Args:
-        path: `data_batch_1` to `data_batch_5` or `test_batch`.
-        md5: Its MD5. It is checked first, since a pickle of another origin could run any code.
-
-    Returns:
-        uint8 images (N, 32, 32, 3) and int64 labels (N,) from 0 to 9.
-
-    Raises:
-        OSError: it cannot be read.
-        DataError: wrong checksum.
-    """
-    raw = Path(path).read_bytes()
-    if hashlib.md5(raw).hexdigest() != md5:
-        raise DataError(f"{path}: wrong MD5; delete it and run again to download it")
-    batch = pickle.loads(raw, encoding="latin1")  # written by Python 2
-    images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return images, np.asarray(batch["labels"], np.int64)
-
-
 def _load_cifar10(data_dir, size):
     if size != 32:
         raise DataError(f"cifar10: its images are 32x32, --size {size} is not possible")
-    paths = stl10_input.download_and_extract(data_dir, CIFAR10_URL, CIFAR10_ARCHIVE_MD5, CIFAR10_FILE_MD5)
-    batches = [read_cifar10_batch(*pair) for pair in zip(paths, CIFAR10_FILE_MD5.values(), strict=True)]
-    images, labels = (np.concatenate(parts) for parts in zip(*batches[:-1], strict=True))
-    return _with_validation("cifar10", images, labels, batches[-1], CIFAR10_CLASSES, CIFAR10_FILE_MD5)
+    train, test = stl10_input.load_cifar10(data_dir)
+    classes, checksums = stl10_input.CIFAR10_CLASSES, stl10_input.CIFAR10_FILE_MD5
+    return _with_validation("cifar10", *train, test, classes, checksums)
 
 
 def _with_validation(name, images, labels, test, class_names, checksums):

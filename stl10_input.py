@@ -1,4 +1,4 @@
-"""Download STL-10 and read its binary files.
+"""Download STL-10 and CIFAR-10, and read their files.
 
     python stl10_input.py                      # download (2.64 GB), verify, extract, read, report
     python stl10_input.py --show               # and open a window with one training image
@@ -18,6 +18,7 @@ import errno
 import hashlib
 import http.client
 import os
+import pickle
 import queue
 import shutil
 import sys
@@ -54,6 +55,18 @@ CLASS_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey
 
 HEIGHT, WIDTH, DEPTH = 96, 96, 3
 IMAGE_BYTES = HEIGHT * WIDTH * DEPTH
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_FILE_MD5 = {
+    "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+    "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 CHUNK = 1 << 20  # bytes read at a time
 TIMEOUT = 30  # seconds without a byte, or with fewer than SLOWEST each, before an attempt counts as failed
@@ -416,6 +429,37 @@ def save_images(images, labels, folder):
             temporary.unlink(missing_ok=True)
             remedy = "make room" if error.errno in DISK_FULL else "choose another --data-dir"
             raise OSError(f"{path}: not written ({error.strerror}); {remedy}, run again") from None
+
+
+def read_cifar10_batch(path, md5):
+    """Read one batch of the python version of CIFAR-10.
+
+    Args:
+        path: `data_batch_1` to `data_batch_5` or `test_batch`.
+        md5: Its MD5. It is checked first, since a pickle of another origin could run any code.
+
+    Returns:
+        uint8 images (N, 32, 32, 3) and int64 labels (N,) from 0 to 9.
+    """
+    raw = Path(path).read_bytes()
+    if hashlib.md5(raw).hexdigest() != md5:
+        raise DataError(f"{path}: wrong MD5; delete it and run again to download it")
+    batch = pickle.loads(raw, encoding="latin1")  # written by Python 2
+    images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return images, np.asarray(batch["labels"], np.int64)
+
+
+def load_cifar10(data_dir=DATA_DIR):
+    """Read CIFAR-10, downloading it if it is not there.
+
+    Returns:
+        (images, labels) of the 50,000 training images, in the order of their batches, and (images, labels)
+        of the 10,000 test images, as `read_cifar10_batch` gives them.
+    """
+    paths = download_and_extract(data_dir, CIFAR10_URL, CIFAR10_ARCHIVE_MD5, CIFAR10_FILE_MD5)
+    *batches, test = map(read_cifar10_batch, paths, CIFAR10_FILE_MD5.values())
+    images, labels = zip(*batches, strict=True)
+    return (np.concatenate(images), np.concatenate(labels)), test
 
 
 def _existing(path):

@@ -119,7 +119,7 @@ def cifar10_seeds(rng):
     hostile = [
         pickle.dumps({"data": start, "labels": [1]}, protocol) for start in starts for protocol in (0, 4)
     ]
-    return [(raw, lambda path: load_data.read_cifar10_batch(path, md5)) for raw in [genuine, *hostile]]
+    return [(raw, lambda path: stl10_input.read_cifar10_batch(path, md5)) for raw in [genuine, *hostile]]
 
 
 def small_model():

@@ -2,14 +2,13 @@ import hashlib
 import itertools
 import mmap
 import os
-import pickle
 import re
 import sys
 
 import load_data
 import stl10_input
 import util
-from load_data import Batches, DataError, add_noise, read_cifar10_batch, read_picture
+from load_data import Batches, DataError, add_noise, read_picture
 from stl10_input import IMAGE_BYTES
 
 import imageio.v3 as iio
@@ -66,41 +65,14 @@ def test_noise_is_not_clipped_and_sigma_not_negative():
         add_noise(np.zeros((1, 2, 2, 3), np.uint8), -1)
 
 
-def test_cifar10_batch_is_read_in_its_order(tmp_path):
-    images = random_images(4, 32, 32, 3)
-    content = cifar_pickle(images, [3, 8, 8, 0])
-    (tmp_path / "test_batch").write_bytes(content)
-    read, labels = read_cifar10_batch(tmp_path / "test_batch", hashlib.md5(content).hexdigest())
-    np.testing.assert_array_equal(read, images)
-    assert labels.tolist() == [3, 8, 8, 0]
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_cifar10_checksum_comes_before_unpickling(tmp_path):
-    md5 = hashlib.md5(cifar_pickle(random_images(1, 32, 32, 3), [0])).hexdigest()
-    hostile = pickle.dumps({"data": Evil(tmp_path / "ran"), "labels": []}, 2)
-    for content in (hostile, b"", cifar_pickle(random_images(1, 32, 32, 3), [1])):
-        (tmp_path / "test_batch").write_bytes(content)
-        with pytest.raises(DataError, match="test_batch: wrong MD5; delete it and run again to download it"):
-            read_cifar10_batch(tmp_path / "test_batch", md5)
-    assert not (tmp_path / "ran").exists()
-
-
 def cifar10_batches(monkeypatch, *shape):
     """Small batches, of images (N, H, W, 3) enlarged to 32x32, that scripts take for the official ones."""
     files, enlarge = {}, 32 // shape[1]
-    for index, name in enumerate(load_data.CIFAR10_FILE_MD5):
+    for index, name in enumerate(stl10_input.CIFAR10_FILE_MD5):
         images = random_images(*shape, seed=index).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
         files[name] = cifar_pickle(images, [n % 10 for n in range(len(images))])
     checksums = {name: hashlib.md5(raw).hexdigest() for name, raw in files.items()}
-    monkeypatch.setattr(load_data, "CIFAR10_FILE_MD5", checksums)
+    monkeypatch.setattr(stl10_input, "CIFAR10_FILE_MD5", checksums)
     return files
 
 
@@ -704,8 +676,8 @@ def cifar10_server(server, tmp_path, monkeypatch):
     files = cifar10_batches(monkeypatch, 12, 8, 8, 3)
     server.content = archive_of(tmp_path / "a.tar.gz", files.items())
     assert len(server.content) < min(map(len, files.values()))
-    monkeypatch.setattr(load_data, "CIFAR10_URL", server.url)
-    monkeypatch.setattr(load_data, "CIFAR10_ARCHIVE_MD5", hashlib.md5(server.content).hexdigest())
+    monkeypatch.setattr(stl10_input, "CIFAR10_URL", server.url)
+    monkeypatch.setattr(stl10_input, "CIFAR10_ARCHIVE_MD5", hashlib.md5(server.content).hexdigest())
     monkeypatch.setattr(stl10_input.time, "sleep", lambda seconds: None)
     return server
 

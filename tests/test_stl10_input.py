@@ -13,7 +13,7 @@ import imageio.v3 as iio
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import CONTENT, MD5, ROOT, archive_of, random_images, start, until, usage_error
+from conftest import CONTENT, MD5, ROOT, archive_of, cifar_pickle, random_images, start, until, usage_error
 
 
 def test_images_are_read_as_a_loop_over_the_pixels_reads_them(tmp_path):
@@ -88,6 +88,28 @@ def test_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="truck/00000.png: not written .No space left on device.; make room"):
         stl10_input.save_images(random_images(1, 96, 96, 3), [10], tmp_path)
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_cifar10_is_read_in_its_order(tmp_path, monkeypatch):
+    images, labels = random_images(12, 32, 32, 3), np.array([3, 8, 8, 0] * 3)
+    checksums = {}
+    for index, name in enumerate(stl10_input.CIFAR10_FILE_MD5):
+        content = cifar_pickle(images[2 * index :][:2], labels[2 * index :][:2].tolist())
+        checksums[name] = hashlib.md5(content).hexdigest()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(stl10_input, "CIFAR10_FILE_MD5", checksums)
+    (train, train_labels), (test, test_labels) = stl10_input.load_cifar10(tmp_path)
+    np.testing.assert_array_equal([*train, *test], images)
+    np.testing.assert_array_equal([*train_labels, *test_labels], labels)
+    assert (len(train), len(test)) == (10, 2)
+
+
+def test_cifar10_checksum_comes_before_unpickling(tmp_path):
+    (tmp_path / "test_batch").write_text(f"cbuiltins\nopen\n(V{tmp_path}/ran\nVw\ntR.")
+    with pytest.raises(DataError, match="test_batch: wrong MD5; delete it and run again to download it"):
+        stl10_input.read_cifar10_batch(tmp_path / "test_batch", MD5)
+    assert not (tmp_path / "ran").exists()
 
 
 def fetch(server, path, **options):
