@@ -1,30 +1,26 @@
-"""Download STL-10 and CIFAR-10, and read their files.
+"""Download STL-10 and CIFAR-10 whole, and read their files.
 
-    python stl10_input.py                      # download (2.64 GB), verify, extract, read, report
+    python stl10_input.py                      # STL-10: download (2.64 GB), verify, extract, read, report
     python stl10_input.py --show               # and open a window with one training image
     python stl10_input.py --save-images 100    # and write 100 training images as PNG files, by class
 
-Writes `data/stl10_binary/` (3.1 GB) and keeps the archive beside it. An interrupted download goes on
-where it stopped. Needs numpy, matplotlib and the standard library only, so that the file can be taken
-along into other projects.
+Writes `data/stl10_binary/` (3.1 GB) and keeps the archive beside it; a download that was stopped is resumed.
+`load_cifar10` does the same for CIFAR-10 (170 MB). Usable alone: numpy, matplotlib and the standard
+library are enough. A fault is a `DataError`, an `OSError` whose message is one line with file and remedy.
 
-STL-10: Coates, Lee, Ng, "An Analysis of Single Layer Networks in Unsupervised Feature Learning", AISTATS
-2011. 96x96 colour images: 5,000 for training, 8,000 for testing, 100,000 unlabelled.
+STL-10 (Coates, Lee, Ng, "An Analysis of Single Layer Networks in Unsupervised Feature Learning", 2011): 96x96
+colour images, 5,000 for training, 8,000 for testing, 100,000 unlabelled. CIFAR-10 (Krizhevsky, "Learning
+Multiple Layers of Features from Tiny Images", 2009): 32x32, 50,000 for training, 10,000 for testing.
 """
 
 import argparse
-import contextlib
-import errno
 import hashlib
 import http.client
 import os
 import pickle
-import queue
 import shutil
 import sys
 import tarfile
-import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -32,11 +28,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # Windows: two downloads at once are not noticed there
-    fcntl = None
 
 DATA_DIR = str(Path(__file__).resolve().parent / "data")
 DATA_URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
@@ -68,44 +59,12 @@ CIFAR10_FILE_MD5 = {
 }
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-CHUNK = 1 << 20  # bytes read at a time
-TIMEOUT = 30  # seconds without a byte, or with fewer than SLOWEST each, before an attempt counts as failed
-SLOWEST = 1000  # bytes a second
-LARGEST = 3_000_000_000  # bytes of an archive; STL-10 has 2.64 GB
-ATTEMPTS = 5  # failures in a row, with nothing gained, before giving up
-NETWORK_FAULTS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-    ValueError,  # of an address or a number that is none
-)
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+MAKE_ROOM = "free some space or choose another --data-dir, and run again"
+NETWORK_FAULTS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 class DataError(OSError):
     """A data file that is missing, damaged or cannot be fetched; the message names file and remedy."""
-
-
-def _progress(before, done, total, rate):
-    """Tell how far a download is: a line that overwrites itself on a terminal, elsewhere one every tenth.
-
-    Args:
-        before, done: Bytes before and after the last piece.
-        total: Bytes of the file; 0 if the server does not say, and then a line comes every 100 MB.
-        rate: MB/s.
-    """
-    share = f"{done / total:4.0%} of {total / 1e6:,.0f} MB" if total else f"{done / 1e6:,.0f} MB"
-    if sys.stdout.isatty():
-        bar = "=" * int(30 * done / total) if total else ""
-        end = "\n" if done == total else ""
-        print(f"\r  [{bar:<30}] {share}, {rate:.1f} MB/s ", end=end, flush=True)
-    else:
-        lines_before, lines = (
-            10 * have // total if total else have // 100_000_000 for have in (before, done)
-        )
-        if lines > lines_before:
-            print(f"  {share}, {rate:.1f} MB/s", flush=True)
 
 
 def md5_of(path):
@@ -114,203 +73,121 @@ def md5_of(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def _answer(request, timeout):
-    """`urlopen` that gives up after `timeout` seconds, however slowly the headers come."""
-    answers = queue.SimpleQueue()
+def download(url, path, md5, timeout=30, attempts=5, pause=1.0):
+    """Download an archive, going on where an earlier call has stopped, verify it and return its path.
 
-    def ask():
+    The bytes go to `path` + ".part"; only a file with the right checksum gets its final name. A file that
+    already lies at `path` is verified instead of fetched; if it is incomplete, it is taken as the beginning.
+
+    Args:
+        url: Address of the archive.
+        path: Where to put it.
+        md5: Expected MD5, hexadecimal.
+        timeout: Seconds without a byte before an attempt counts as failed.
+        attempts: Attempts in a row, none of which brought a byte, before giving up.
+        pause: Seconds before the second attempt, doubled for each later one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    if path.exists():
+        if md5_of(path) == md5:
+            return path
+        print(f"{path}: incomplete or damaged, trying to complete it")
+        os.replace(path, part)
+    by_hand = f"or put {path.name}, as it is or unpacked, into {path.parent}"
+    print(f"Downloading {url} from byte {_size(part):,}", flush=True)
+    failures = 0
+    while True:
+        before = _size(part)
         try:
-            answers.put(urllib.request.urlopen(request, timeout=timeout))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=timeout)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {timeout} seconds") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _read(response, timeout):
-    """The next CHUNK bytes, or those that come within `timeout` seconds; none at the end."""
-    read, ends = b"", time.monotonic() + timeout
-    while len(read) < CHUNK:
-        try:
-            piece = response.read1(CHUNK - len(read))
-        except OSError as error:
-            raise ConnectionError(error.strerror or error) from None
-        if not piece:
+            _receive(url, part, timeout)
             break
-        read += piece
-        if time.monotonic() > ends:
-            if len(read) < SLOWEST * timeout:
-                raise TimeoutError(f"fewer than {SLOWEST:,} bytes a second")
-            break
-    return read
+        except NETWORK_FAULTS as error:
+            failures = 1 if _size(part) > before else failures + 1
+            reason = error.reason if type(error) is urllib.error.URLError else error
+            if failures == attempts:
+                raise DataError(f"{url}: {reason}; run again to go on, {by_hand}") from None
+            wait = pause * 2 ** (failures - 1)
+            print(f"  {reason}; trying again in {wait:.0f} s", flush=True)
+            time.sleep(wait)
+    if md5_of(part) != md5:
+        part.unlink()
+        raise DataError(f"{url}: what came has a wrong MD5; run again to start over, {by_hand}")
+    os.replace(part, path)
+    return path
+
+
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def _receive(url, part, timeout):
-    """One attempt: append what `part` still lacks. Raises one of `NETWORK_FAULTS` if the transfer broke."""
-    have = part.stat().st_size if part.exists() else 0
+    """One attempt: append to `part` what it lacks, by HTTP Range."""
+    have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = _answer(request, timeout)
+        response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # nothing lies beyond what we have: complete, or not this file
             return
         raise
     with response:
         if "text/html" in response.headers.get("Content-Type", ""):
-            raise DataError(f"{url}: the server sent a web page instead of the file")
-        resumed = response.status == 206
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink(missing_ok=True)
-            raise ConnectionError("the server resumed at another place than asked")
-        have = have if resumed else 0
-        length = response.headers.get("Content-Length", "")
-        total = have + int(length) if length.isdecimal() else 0
-        first, started = have, time.monotonic()
-        with open(part, "ab" if resumed else "wb") as file:
-            while chunk := _read(response, timeout):
+            raise ConnectionError("a web page came instead of the file")
+        if response.status != 206:  # this server cannot resume
+            have = 0
+        total = have + int(response.headers.get("Content-Length", 0))
+        with open(part, "ab" if have else "wb") as file:
+            while chunk := _read(response):
                 file.write(chunk)
+                _show_progress(have, have + len(chunk), total)
                 have += len(chunk)
-                rate = (have - first) / max(time.monotonic() - started, 1e-6) / 1e6
-                _progress(have - len(chunk), have, total, rate)
-                if have > LARGEST:
-                    part.unlink()
-                    raise DataError(f"{url}: the server sends more than {LARGEST:,} bytes")
         if have < total:
             raise ConnectionError(f"the connection broke after {have:,} of {total:,} bytes")
 
 
-def download(url, path, md5, timeout=TIMEOUT, attempts=ATTEMPTS, pause=1.0):
-    """Download `url` to `path`, resuming and verifying.
-
-    The bytes go to `path` + ".part", where a later call goes on (HTTP Range); only a file with the right
-    checksum gets its final name. A file that already lies at `path` is verified instead of fetched; if it
-    is incomplete, it is taken as the beginning.
-
-    Args:
-        url: Address of the file.
-        path: Where to put it.
-        md5: Expected MD5, hexadecimal.
-        timeout: Seconds without a byte, or with fewer than SLOWEST each, before an attempt counts as failed.
-        attempts: Attempts in a row, none of which brought a byte, before giving up.
-        pause: Seconds before the second attempt, doubled for each later one.
-
-    Returns:
-        `path` as a `pathlib.Path`.
-
-    Raises:
-        DataError: no connection, an HTTP error, a web page in the file's place or a wrong checksum.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(path.parent):
-        return _download(url, path, md5, timeout, attempts, pause)
-
-
-@contextlib.contextmanager
-def _alone_in(folder):
-    """Wait until no other process downloads to a folder."""
-    if not fcntl:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def _read(response):
+    """Read a chunk; every fault here is one of the network, those of writing are of the disk."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{folder}: waiting for another process that downloads to it", flush=True)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:  # a file system that locks no folders
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
+        return response.read(1 << 16)
+    except OSError as error:
+        raise ConnectionError(error) from None
 
 
-def _download(url, path, md5, timeout, attempts, pause):
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        if md5_of(path) == md5:
-            return path
-        print(f"{path}: incomplete or damaged, trying to complete it")
-        if part.exists() and part.stat().st_size > path.stat().st_size:
-            path.unlink()
-        else:
-            os.replace(path, part)
-    by_hand = f"download it by other means and put it at {path}"
-    resumed = part.exists()
-    print(f"Downloading {url}" + (f", resuming at {part.stat().st_size / 1e6:,.0f} MB" if resumed else ""))
-    failures = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            _receive(url, part, timeout)
-            break
-        except DataError as error:
-            raise DataError(f"{error}; {by_hand}") from None
-        except NETWORK_FAULTS as error:
-            gained = part.exists() and part.stat().st_size > before
-            failures = 1 if gained else failures + 1
-            message = error.reason if type(error) is urllib.error.URLError else error
-            message = repr(str(message))[1:-1][:200]  # what a server has sent may be anything
-            permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
-            if failures >= attempts or permanent:
-                raise DataError(f"{url}: {message}; run again to go on, or {by_hand}") from None
-            print(f"  {message}; trying again in {pause * 2 ** (failures - 1):.0f} s", flush=True)
-            time.sleep(pause * 2 ** (failures - 1))
-    found = md5_of(part)
-    if found != md5:
-        part.unlink()
-        if resumed:  # perhaps only the old beginning was bad
-            print(f"{path}: checksum of the resumed download is wrong, starting over")
-            return _download(url, path, md5, timeout, attempts, pause)
-        raise DataError(f"{url}: its MD5 is {found}, expected {md5}; run again, or {by_hand}")
-    os.replace(part, path)
-    return path
+def _show_progress(before, done, total):
+    """Print how far a download is: a line that overwrites itself on a terminal, elsewhere one every tenth."""
+    terminal = sys.stdout.isatty()
+    steps = 1000 if terminal else 10
+    if total and done * steps // total > before * steps // total:
+        end = "\r" if terminal and done < total else "\n"
+        print(f"  {done / total:6.1%} of {total / 1e6:,.0f} MB", end=end, flush=True)
 
 
 def extract(archive, files, folder):
-    """Extract the expected files of a tar archive, and nothing else, into `folder`.
+    """Extract the expected files of a tar archive, and nothing else.
 
     Args:
         archive: Path of a tar file, compressed or not.
-        files: Mapping of member name to MD5. Other members are ignored; a link or device under an
-            expected name counts as missing.
+        files: Mapping of member name to MD5; other members are ignored.
         folder: Where to put them, under their member names. Nothing appears there before all are verified.
-
-    Raises:
-        DataError: unreadable archive, missing member or wrong checksum.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".extracting-*"):  # by a killed process
-        if time.time() - left.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".extracting-", dir=folder))
+    temporary = folder / ".extracting"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
     try:
         with tarfile.open(archive) as tar:
-            missing = dict(files)
             for member in tar:
-                if member.isreg() and member.name in missing:
+                if member.name in files:
                     print(f"  extracting {member.name}", flush=True)
                     path = temporary / member.name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with tar.extractfile(member) as packed, open(path, "wb") as file:
                         shutil.copyfileobj(packed, file)
-                    if md5_of(path) != missing.pop(member.name):
-                        raise DataError(
-                            f"{archive}: {member.name} has a wrong MD5; delete the archive, run again"
-                        )
-                if not missing:
-                    break
-        if missing:
-            raise DataError(f"{archive}: {', '.join(missing)} not in it; delete the archive, run again")
+        for name, md5 in files.items():
+            path = temporary / name
+            if not path.exists() or md5_of(path) != md5:
+                raise DataError(f"{archive}: no intact {name} in it; delete the archive, run again")
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / name, folder / name)
@@ -321,9 +198,7 @@ def extract(archive, files, folder):
 
 
 def download_and_extract(data_dir=DATA_DIR, url=DATA_URL, archive_md5=ARCHIVE_MD5, files=FILE_MD5):
-    """Make sure that the files of a data set lie under `data_dir`; fetch them if they do not.
-
-    Written for STL-10, serves any data set that comes as one tar archive.
+    """Make sure that the files of a data set lie under `data_dir`; fetch their archive if they do not.
 
     Args:
         data_dir: Folder of all data.
@@ -333,35 +208,24 @@ def download_and_extract(data_dir=DATA_DIR, url=DATA_URL, archive_md5=ARCHIVE_MD
 
     Returns:
         List of the files' paths, in the order of `files`.
-
-    Raises:
-        DataError: the data could not be fetched, or are not what they should be.
     """
     data_dir = Path(data_dir)
     paths = [data_dir / name for name in files]
     if not all(path.exists() for path in paths):
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            message = f"cannot be the data folder ({error.strerror})"
-            raise DataError(f"{data_dir}: {message}; choose another --data-dir") from None
-        try:
             extract(download(url, data_dir / Path(url).name, archive_md5), files, data_dir)
+        except (DataError, BrokenPipeError):
+            raise
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise DataError(f"{data_dir}: {error.strerror}; free some space and run again") from None
+            raise DataError(f"{data_dir}: {error.strerror}; {MAKE_ROOM}") from None
     return paths
 
 
 def read_labels(path=LABEL_PATH):
-    """Read the labels of the training or test split (the unlabelled split has none).
+    """Read the labels of STL-10's training or test split (the unlabelled split has none).
 
     Returns:
         uint8 array of shape (N,), 1 to 10 as on disk; 1 is `CLASS_NAMES[0]`.
-
-    Raises:
-        DataError: missing or empty file, or a label out of range.
     """
     labels = np.frombuffer(_existing(path).read_bytes(), np.uint8)
     if labels.size == 0 or labels.min() < 1 or labels.max() > len(CLASS_NAMES):
@@ -377,9 +241,6 @@ def read_all_images(path=DATA_PATH):
 
     Returns:
         Read-only uint8 array of shape (N, 96, 96, 3): image, row, column, colour.
-
-    Raises:
-        DataError: missing file, or a length that is not a whole number of images.
     """
     size = _existing(path).stat().st_size
     if size == 0 or size % IMAGE_BYTES:
@@ -388,13 +249,14 @@ def read_all_images(path=DATA_PATH):
     return planes.transpose(0, 3, 2, 1)
 
 
-def read_single_image(path=DATA_PATH, index=0):
-    """Read one image: uint8 array of shape (96, 96, 3).
+def _existing(path):
+    if not Path(path).is_file():
+        raise DataError(f"{path}: not found; run python stl10_input.py to download STL-10")
+    return Path(path)
 
-    Raises:
-        DataError: as `read_all_images`.
-        IndexError: there is no image of that index.
-    """
+
+def read_single_image(path=DATA_PATH, index=0):
+    """Read one image of STL-10: uint8 array of shape (96, 96, 3)."""
     return np.array(read_all_images(path)[index])
 
 
@@ -416,19 +278,15 @@ def save_images(images, labels, folder):
         labels: N labels from 1 to 10, as `read_labels` gives them.
         folder: Where to write; made if missing.
     """
-    from matplotlib import image as mpl_image
+    from matplotlib.image import imsave
 
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = Path(folder) / CLASS_NAMES[label - 1] / f"{index:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         try:
-            mpl_image.imsave(temporary, np.ascontiguousarray(image), format="png")
-            os.replace(temporary, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            imsave(path, image)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            remedy = "make room" if error.errno in DISK_FULL else "choose another --data-dir"
-            raise OSError(f"{path}: not written ({error.strerror}); {remedy}, run again") from None
+            raise DataError(f"{path}: not written ({error.strerror}); {MAKE_ROOM}") from None
 
 
 def read_cifar10_batch(path, md5):
@@ -462,33 +320,13 @@ def load_cifar10(data_dir=DATA_DIR):
     return (np.concatenate(images), np.concatenate(labels)), test
 
 
-def _existing(path):
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: not found; run python stl10_input.py to download STL-10")
-    return path
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Download STL-10, verify and read it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--data-dir", default=DATA_DIR, help="where the data lie")
-    parser.add_argument("--show", action="store_true", help="show one training image in a window")
-    parser.add_argument(
-        "--save-images",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write the first N training images to DATA_DIR/stl10_png/",
-    )
-    args = parser.parse_args(argv)
-    if not args.data_dir:
-        parser.error("argument --data-dir: is empty")
-    if args.save_images < 0:
-        parser.error(f"argument --save-images: {args.save_images} is negative")
-    return args
+    parser = argparse.ArgumentParser(description="Download STL-10, verify and read it.")
+    add = parser.add_argument
+    add("--data-dir", default=DATA_DIR, help="where the data lie (default: %(default)s)")
+    add("--show", action="store_true", help="show one training image in a window")
+    add("--save-images", type=int, default=0, metavar="N", help="write the first N to DATA_DIR/stl10_png/")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -500,9 +338,8 @@ def main(argv=None):
             raise DataError(f"{path}: wrong MD5; delete it, run again")
         print(f"{path}: {content.dtype} {content.shape}, MD5 right")
     images, labels = read_all_images(paths[0]), read_labels(paths[1])
-    print(
-        "Training images of a class:", dict(zip(CLASS_NAMES, np.bincount(labels)[1:].tolist(), strict=False))
-    )
+    counts = np.bincount(labels, minlength=11)[1:].tolist()
+    print("Training images of a class:", dict(zip(CLASS_NAMES, counts, strict=True)))
     if args.save_images:
         folder = Path(args.data_dir) / "stl10_png"
         save_images(images[: args.save_images], labels[: args.save_images], folder)

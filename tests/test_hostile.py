@@ -3,12 +3,9 @@ import contextlib
 import io
 import os
 import shutil
-import socket
 import struct
 import subprocess
 import sys
-import threading
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -17,7 +14,6 @@ import classifier
 import KNN
 import load_data
 import simple_autoencoder as simple
-import stl10_input
 import util
 
 import keras
@@ -25,8 +21,6 @@ import numpy as np
 import pytest
 import tifffile
 from conftest import (
-    CONTENT,
-    MD5,
     NAME,
     ROOT,
     TINY,
@@ -351,67 +345,6 @@ def test_results_that_are_not_finite_are_refused():
     model = of((None, None, 3), same())
     model.set_weights([np.full_like(weight, np.inf) for weight in model.get_weights()])
     assert told_line(util.denoise_picture, model, COLOURS).startswith("the result is not finite; restore")
-
-
-def trickle(connection, first, piece):
-    connection.sendall(first)
-    while True:
-        connection.sendall(piece)
-        time.sleep(0.05)
-
-
-OK = b"HTTP/1.1 200 OK\r\n"
-ANSWERS = {
-    "length": lambda c: c.sendall(OK + b"Content-Length: abc\r\nConnection: close\r\n\r\n" + CONTENT),
-    "lengths": lambda c: c.sendall(OK + b"Content-Length: 9, 9\r\nConnection: close\r\n\r\n" + CONTENT),
-    "address": lambda c: c.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://[::1/x\r\n\r\n"),
-    "chunk": lambda c: c.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc"),
-    "part": lambda c: c.sendall(b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 5-6/7\r\n\r\n"),
-    "binary": lambda c: c.sendall(b"\x1b[31m\x00\xff\x07\r\n\r\n"),
-    "slow header": lambda c: trickle(c, OK, b"X"),
-    "100": lambda c: trickle(c, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-    "slow body": lambda c: trickle(c, OK + b"Content-Length: 9000000\r\n\r\n", b"X"),
-    "endless": lambda c: [c.sendall(OK + b"\r\n"), *(c.sendall(bytes(1 << 20)) for _ in range(20))],
-}
-
-
-@pytest.mark.parametrize("kind", ANSWERS)
-def test_hostile_server(tmp_path, monkeypatch, kind):
-    def serve(connection):
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            ANSWERS[kind](connection)
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=[listening.accept()[0]], daemon=True).start()
-
-    monkeypatch.setattr(stl10_input, "LARGEST", 5_000_000)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        threading.Thread(target=accept, daemon=True).start()
-        url, path = f"http://127.0.0.1:{listening.getsockname()[1]}/f", tmp_path / "f"
-        if kind.startswith("length"):
-            assert stl10_input.download(url, path, MD5).read_bytes() == CONTENT
-            return
-        line = told_line(stl10_input.download, url, path, MD5, 0.3, 2, 0.01)
-    assert line.startswith(f"{url}: ") and line.endswith(f"by other means and put it at {path}")
-    assert line.isprintable()
-
-
-def test_second_download_waits_for_the_first(server, tmp_path, capfd):
-    (tmp_path / "f.part").write_bytes(CONTENT[:1000])
-    threads = [
-        threading.Thread(target=stl10_input.download, args=[server.url, tmp_path / "f", MD5])
-        for _ in range(5)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert "waiting for another process that downloads to it" in capfd.readouterr().out
-    assert server.asked == [1000]
-    assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_denoise_ends_without_a_word_when_nobody_reads(trained, tmp_path):

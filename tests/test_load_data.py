@@ -16,10 +16,8 @@ import keras
 import numpy as np
 import pytest
 from conftest import (
-    archive_of,
     cifar_pickle,
     labels_of,
-    largest_file,
     pixels_of,
     random_images,
     start,
@@ -65,23 +63,16 @@ def test_noise_is_not_clipped_and_sigma_not_negative():
         add_noise(np.zeros((1, 2, 2, 3), np.uint8), -1)
 
 
-def cifar10_batches(monkeypatch, *shape):
-    """Small batches, of images (N, H, W, 3) enlarged to 32x32, that scripts take for the official ones."""
-    files, enlarge = {}, 32 // shape[1]
-    for index, name in enumerate(stl10_input.CIFAR10_FILE_MD5):
-        images = random_images(*shape, seed=index).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
-        files[name] = cifar_pickle(images, [n % 10 for n in range(len(images))])
-    checksums = {name: hashlib.md5(raw).hexdigest() for name, raw in files.items()}
-    monkeypatch.setattr(stl10_input, "CIFAR10_FILE_MD5", checksums)
-    return files
-
-
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     """A small CIFAR-10 in `tmp_path`, of 6 x 20 images."""
-    for name, content in cifar10_batches(monkeypatch, 20, 32, 32, 3).items():
+    checksums = {}
+    for index, name in enumerate(stl10_input.CIFAR10_FILE_MD5):
+        content = cifar_pickle(random_images(20, 32, 32, 3, seed=index), [n % 10 for n in range(20)])
+        checksums[name] = hashlib.md5(content).hexdigest()
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(stl10_input, "CIFAR10_FILE_MD5", checksums)
     return tmp_path
 
 
@@ -668,69 +659,6 @@ def test_pixels_that_would_be_cut_are_refused(tmp_path):
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     with pytest.raises(OSError, match="several frames"):
         load_data.read_pixels(tmp_path / "a.webp")
-
-
-@pytest.fixture
-def cifar10_server(server, tmp_path, monkeypatch):
-    """The local server has a small CIFAR-10, and the scripts think it the official one."""
-    files = cifar10_batches(monkeypatch, 12, 8, 8, 3)
-    server.content = archive_of(tmp_path / "a.tar.gz", files.items())
-    assert len(server.content) < min(map(len, files.values()))
-    monkeypatch.setattr(stl10_input, "CIFAR10_URL", server.url)
-    monkeypatch.setattr(stl10_input, "CIFAR10_ARCHIVE_MD5", hashlib.md5(server.content).hexdigest())
-    monkeypatch.setattr(stl10_input.time, "sleep", lambda seconds: None)
-    return server
-
-
-def prepare(tmp_path):
-    """Load CIFAR-10 as every script does."""
-    return load_data.load_data("cifar10", tmp_path / "data")
-
-
-def test_download_that_fails_says_what_to_do_and_succeeds_later(cifar10_server, tmp_path):
-    cifar10_server.faults = [503] * 5
-    line = told_line(prepare, tmp_path)
-    assert line.startswith(f"{cifar10_server.url}: HTTP Error 503")
-    assert line.endswith(f"download it by other means and put it at {tmp_path}/data/file.tar.gz")
-    assert list((tmp_path / "data").iterdir()) == []
-    assert len(prepare(tmp_path).images["test"]) == 12
-
-
-def test_missing_batch_is_taken_from_the_archive_or_downloaded(cifar10_server, tmp_path):
-    prepare(tmp_path)
-    batch = tmp_path / "data/cifar-10-batches-py/data_batch_3"
-    raw = batch.read_bytes()
-    for archive_is_there in (True, False):
-        batch.unlink()
-        if not archive_is_there:
-            (tmp_path / "data/file.tar.gz").unlink()
-        prepare(tmp_path)
-        assert batch.read_bytes() == raw
-    assert cifar10_server.sent == 2 * len(cifar10_server.content)
-
-
-def test_full_disk_amid_a_download_and_amid_the_extraction(cifar10_server, tmp_path):
-    size = len(cifar10_server.content)
-    for limit in (size // 2, size + 1):
-        with largest_file(limit):
-            line = told_line(prepare, tmp_path)
-        assert line == f"{tmp_path}/data: File too large; free some space and run again"
-        assert not (tmp_path / "data/cifar-10-batches-py").exists()
-        assert not list((tmp_path / "data").glob(".extracting*"))
-    prepare(tmp_path)
-    assert cifar10_server.sent < 1.6 * size  # it went on where it stopped
-
-
-@pytest.mark.parametrize("folder", ["data", "data/inside"])
-def test_data_folder_that_is_a_file(tmp_path, folder):
-    (tmp_path / "data").write_text("")
-    (tmp_path / "mine").mkdir()
-    iio.imwrite(tmp_path / "mine/a.png", random_images(40, 400, 3))
-    line = told_line(load_data.load_data, "cifar10", tmp_path / folder)
-    assert line.startswith(f"{tmp_path}/{folder}: cannot be the data folder (")
-    assert line.endswith("choose another --data-dir")
-    line = told_line(load_data.load_data, str(tmp_path / "mine"), tmp_path / folder, 16)
-    assert line.endswith("a file is in the place of a folder: choose another folder")
 
 
 WRONG_USAGE = "--energy=1 --energy=nan --size=0 --size=3 --dataset= --data-dir= unknown"
