@@ -325,7 +325,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data-dir", default=DATA_DIR, help="where the data lie (default: %(default)s)")
     add("--show", action="store_true", help="show one training image in a window")
-    add("--save-images", type=int, default=0, metavar="N", help="write the first N to DATA_DIR/stl10_png/")
+    add("--save-images", type=int, default=0, metavar="N", help="write N training images to stl10_png/ there")
     return parser.parse_args(argv)
 
 
