@@ -3,9 +3,12 @@
 From top to bottom: command lines and how a script ends; files and folders of a run, its record; saving and
 loading models; denoising of batches and pictures; PSNR and SSIM; training, on several devices too; figures
 and GIFs; feature maps; tables.
+
+A fault is a `ModelError`, an `OSError` whose message is one line that names the file and the remedy.
 """
 
 import argparse
+import builtins
 import contextlib
 import csv
 import errno
@@ -33,27 +36,9 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at length
 logging.getLogger("tensorflow").setLevel(logging.ERROR)  # and warns of every new model's first prediction
 
-
-@contextlib.contextmanager
-def _no_greeting():
-    """Close stderr to C++ libraries, which greet when they are imported before they ask for a log level."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed, as by `2>&-`
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 try:
-    with _no_greeting():
-        import keras
+    import keras
+
     if not hasattr(keras.ops.image, "ssim"):
         raise ImportError(f"Keras {keras.__version__} is too old: pip install 'keras>=3.15'")
     import h5py
@@ -63,16 +48,8 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, MaxNLocator
-except KeyboardInterrupt:  # these take seconds
-    print("\nStopped.", file=sys.stderr)
-    sys.exit(130)
-except (
-    AttributeError,
-    ImportError,
-    OSError,
-    ValueError,
-) as error:  # a damaged keras.json, a backend that is not there, no folder for temporary files
-    sys.exit(f"{' '.join(str(error).split())}; see requirements.txt, keras.json, KERAS_BACKEND and TMPDIR")
+except (ImportError, ValueError) as error:  # ValueError: a backend that does not exist
+    sys.exit(f"{error}; see requirements.txt and KERAS_BACKEND")
 
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
 keras.config.set_floatx("float32")
@@ -89,20 +66,13 @@ GIF_FRAME_MS = 250
 BATCH, BATCH_SIDE = 250, 96  # images of up to such a side that are computed at a time, outside training
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
 PART_PREFIXES = tuple(f"{part}_" for part in PARTS)  # of the names of their files
-UNFINISHED_SECONDS = 24 * 3600  # after which a temporary file counts as left behind
 RESERVED_NAMES = ("sigma", "clean", "noisy", "pixels", "PCA")  # beside runs in tables and figures
 NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
-OF_THE_CALL = ("verb", "resume", "out", "data_dir")  # arguments that tell nothing of the run
-# those that may change when a run is resumed, beside numbers of epochs
-CHANGEABLE = (*OF_THE_CALL, "precision", "learning_rate", "denoisers")
+NOT_RECORDED = ("verb", "resume", "out", "data_dir")  # arguments of a call, not of a run
+CHANGEABLE = (*NOT_RECORDED, "learning_rate")  # by --resume, beside numbers of epochs
 DRAWS_SEED = 2  # of draws; (0, 0, 0) would be the stream of 0, the seed of test noise
 TILE, SAMPLING_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
-REMEDIES = (
-    ((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "free some space and run again"),
-    ((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another folder"),
-    ((errno.ENOTDIR, errno.EEXIST), "a file is in the place of a folder: choose another folder"),
-    ((errno.EISDIR,), "a folder is in the place of a file: move it away and run again"),
-)
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class ModelError(OSError):
@@ -111,17 +81,11 @@ class ModelError(OSError):
 
 def add_run_options(parser):
     """Add --name, --seed, --limit and --out."""
-    parser.add_argument(
-        "--name", type=run_name, default=None, help="name of the run (default: from the data set)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=0,
-        help="random seed of the run; splits, validation and test noise have theirs",
-    )
-    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT training images only")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--name", type=run_name, help="name of the run (default: from the data set)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that the run draws but test noise")
+    add("--limit", type=number(int, 1), help="use the first LIMIT training images only")
+    add(
         "--out", type=given_path, default=HERE, help="where models/, weights/, figures/ and so on are written"
     )
 
@@ -129,39 +93,29 @@ def add_run_options(parser):
 def add_training_options(parser, epochs, batch_size):
     """Add the options that every training script spells alike; `epochs` and `batch_size` are its defaults."""
     add_run_options(parser)
-    parser.add_argument(
-        "--epochs", type=number(int, 0), default=epochs, help="passes over the training images"
-    )
-    parser.add_argument(
-        "--batch-size", type=number(int, 1), default=batch_size, help="images in a training step"
-    )
+    add = parser.add_argument
+    add("--epochs", type=number(int, 0), default=epochs, help="passes over the training images")
+    add("--batch-size", type=number(int, 1), default=batch_size, help="images in a training step")
     add_precision_option(parser)
-    parser.add_argument(
-        "--start", type=run_name, metavar="NAME", help="saved run whose weights to begin with"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    add("--start", type=run_name, metavar="NAME", help="saved run whose weights to begin with")
+    add("--resume", action="store_true", help="go on with an interrupted run, with the arguments it has")
 
 
 def add_precision_option(parser):
-    """Add the option that says which arithmetic a verb computes in."""
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "mixed_bfloat16"),
-        default=fast_precision(),
-        help="arithmetic; the default here is what this machine is fastest at",
-    )
+    """Add the option for the arithmetic that a verb computes in; None stands for `fast_precision`."""
+    choices = ("float32", "mixed_bfloat16")
+    parser.add_argument("--precision", choices=choices, help="arithmetic (default: what is fastest here)")
 
 
 def add_saved_run_options(parser, default="from the data set"):
-    """Add the options that say which saved run a verb works on."""
-    parser.add_argument("--name", type=run_name, help=f"saved run (default: {default})")
-    parser.add_argument(
-        "--out", type=saved_folder, default=HERE, help="where models/, weights/ and logs/ are"
-    )
+    """Add the options for the saved run that a verb works on."""
+    add = parser.add_argument
+    add("--name", type=run_name, help=f"saved run (default: {default})")
+    add("--out", type=saved_folder, default=HERE, help="where models/, weights/ and logs/ are")
 
 
 def parse_resumable(parser, train_parser, argv, default_name):
-    """Parse a command line; with --resume, what is not given now is what was given then.
+    """Parse a command line; a training that is resumed has the arguments that it was started with.
 
     Processes that are to train together join here, before anything is computed.
 
@@ -170,36 +124,46 @@ def parse_resumable(parser, train_parser, argv, default_name):
         train_parser: Of the verb `train`.
         argv: Arguments, beginning with a verb.
         default_name: Function of the arguments that names a run without --name.
-
-    Raises:
-        ModelError: there is nothing to resume, or the processes cannot join or have other options.
     """
     args = parser.parse_args(argv)
+    stored = {}
     try:
         args.name = args.name or run_name(default_name(args))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --name: {error}")
     if args.verb == "train":
         join_processes()
-    if args.verb == "train" and args.resume:
-        resumed = resumed_arguments(args.out, args.name) if is_first() else None
-        train_parser.set_defaults(**broadcast_json(resumed))
-        args = parser.parse_args([*argv, "--name", args.name])
-    check_same_settings(
-        {f"--{key.replace('_', '-')}": value for key, value in recorded_arguments(args).items()}
-    )
+        check_same_settings({"--resume": args.resume})
+        if args.resume:
+            stored = broadcast_json(resumed_arguments(args.out, args.name) if is_first() else None)
+            script = stored.pop("script")
+            if stored.keys() != vars(args).keys() - {"verb", "out", "resume"}:
+                raise ModelError(
+                    f"--resume: {args.name} is a run of {script}, or of an older one; resume it there"
+                )
+            train_parser.set_defaults(**stored)
+            args = parser.parse_args([*argv, "--name", args.name])
+    if "precision" in args:
+        args.precision = args.precision or fast_precision()
+    check_same_settings({_option(key): value for key, value in recorded_arguments(args).items()})
+    for key, value in stored.items():
+        other_epochs = "epochs" in key and value  # a stage that was left out stays so
+        if getattr(args, key) != value and key not in CHANGEABLE and not other_epochs:
+            remedy = "--resume takes other epochs and another --learning-rate only"
+            raise ModelError(f"{_option(key)}: the interrupted run has {value}; {remedy}")
     return args
 
 
+def _option(argument):
+    return f"--{argument.replace('_', '-')}"
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help, unless there is none or the help names it."""
+    """Adds its default to the help of an option that has one."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or "(default" in action.help:
-            return action.help
-        if isinstance(action.default, (list, tuple)):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return super()._get_help_string(action)
+        has_none = action.default is None or action.default is False
+        return action.help if has_none else super()._get_help_string(action)
 
 
 def verb_parser(argv, description):
@@ -229,7 +193,7 @@ def number(kind, low, high=10**9):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse tells it when the text is no number
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number
     return parse
 
 
@@ -259,75 +223,91 @@ def saved_folder(text):
 
 
 def progress(total, label):
-    """Tell how far some work is: a moving bar on a terminal, elsewhere a plain line every ten seconds.
-
-    Returns:
-        Function to call with how much more is done.
-    """
-    bar = keras.utils.Progbar(total) if sys.stdout.isatty() else None
-    done, reported = 0, time.monotonic()
+    """Function to call with how much more is done: prints a line every ten seconds and at the end."""
+    done, printed = 0, time.monotonic()
 
     def advance(count=1):
-        nonlocal done, reported
+        nonlocal done, printed
         done += count
-        if bar:
-            bar.update(done)
-        elif done >= total or time.monotonic() - reported >= 10:
+        if done >= total or time.monotonic() - printed >= 10:
             print(f"{label}: {done:,} of {total:,}", flush=True)
-            reported = time.monotonic()
+            printed = time.monotonic()
 
     return advance
 
 
-def fast_precision():
-    """`mixed_bfloat16` for NVIDIA GPUs (Ampere or newer compute in it) and CPUs that do; else `float32`."""
-    with contextlib.suppress(OSError):
-        if re.search(r"\bavx512_bf16\b|\bamx_bf16\b", Path("/proc/cpuinfo").read_text()):
-            return "mixed_bfloat16"
-    return "mixed_bfloat16" if gpus() else "float32"
-
-
 def gpus():
-    """Names of this machine's NVIDIA GPUs; none if TensorFlow is the backend and cannot use them."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow
+    """Name and compute capability, such as (8, 0), of the GPUs that the backend computes on."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
 
-        if not tensorflow.config.list_physical_devices("GPU"):
-            return []
-    listed = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    named = [name[1] for path in listed if (name := re.search(r"Model:\s*(.+)", path.read_text()))]
-    return named or ["GPU"] * Path("/dev/nvidia0").exists()
+        found = [device for device in jax.local_devices() if device.platform == "gpu"]
+        return [
+            (gpu.device_kind, tuple(map(int, re.findall(r"\d+", gpu.compute_capability)))) for gpu in found
+        ]
+    if backend == "tensorflow":
+        from tensorflow import config
+
+        found = map(config.experimental.get_device_details, config.list_physical_devices("GPU"))
+        return [(gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0, 0))) for gpu in found]
+    if backend == "torch":
+        from torch import cuda
+
+        found = range(cuda.device_count())
+        return [(cuda.get_device_name(gpu), cuda.get_device_capability(gpu)) for gpu in found]
+    return []
+
+
+def fast_precision():
+    """`mixed_bfloat16` if the GPUs (NVIDIA's since Ampere) or, without one, the CPU compute in it."""
+    capabilities = [capability for _, capability in gpus()]
+    is_fast = re.search(r"\bavx512_bf16\b|\bamx_bf16\b", _cpu_details())
+    if capabilities:
+        is_fast = min(capabilities) >= (8, 0)
+    return "mixed_bfloat16" if is_fast else "float32"
+
+
+def _cpu_details():
+    path = Path("/proc/cpuinfo")  # of Linux
+    return path.read_text() if path.exists() else ""
 
 
 def run_script(main):
-    """Call `main()` and end the process, as every script but `stl10_input.py` does.
+    """Call `main()` and end the process, as every script does that reads or writes runs.
 
-    Exit code 0 when done, 1 after a failure that one line on stderr tells (any `OSError`, or too little
+    Exit code 0 when done, 1 after a failure that one line on stderr says (any `OSError`, or too little
     memory), 130 after Ctrl-C or SIGTERM. Wrong usage ends in 2 by argparse. Anything else is a bug and keeps
-    its traceback.
+    its traceback. In a notebook, whose kernel goes on, every fault is an exception.
     """
+    if hasattr(builtins, "__IPYTHON__"):
+        main()
+        return
 
     def stop(signum, frame):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # closed, as by `>&-`
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold what a terminal may not
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold what a terminal may not
     try:
         main()
         sys.stdout.flush()
+        return
     except KeyboardInterrupt as stopped:
-        _leave(130, f"\n{stopped}" if stopped.args else "\nStopped.")
+        code, line = 130, f"\n{stopped}" if stopped.args else "\nStopped."
     except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
-        _leave(1)
+        code, line = 1, ""
     except OSError as error:
-        if error.errno == errno.ENOSPC and not error.filename:  # files are named
-            error.filename = "standard output"
-        _leave(1, error_line(error))
+        code, line = 1, error_line(error)
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        _leave(1, f"Not enough memory ({first_line(error)}); choose smaller numbers or pictures")
+        code, line = 1, f"Not enough memory ({first_line(error)}); choose smaller numbers or pictures"
+    print(line, file=sys.stderr, end="\n" if line else "", flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)  # TensorFlow's feeding threads can abort a process that shuts down amid `fit`
 
 
 def _is_out_of_memory(error):
@@ -335,11 +315,10 @@ def _is_out_of_memory(error):
 
 
 def error_line(error):
-    """What an `OSError` tells the user, in one line."""
-    name = error.filename2 or error.filename  # of a file that was to be renamed, its new one
-    line = f"{name}: {error.strerror}" if name else str(error)
-    remedies = [remedy for numbers, remedy in REMEDIES if error.errno in numbers]
-    return "; ".join([" ".join(line.split()), *remedies])
+    """What an `OSError` says, in one line."""
+    line = " ".join(str(error).split())
+    is_disk_full = error.errno in DISK_FULL or "requested and" in line  # as NumPy says it
+    return f"{line}; free some space and run again" if is_disk_full else line
 
 
 def first_line(error):
@@ -347,66 +326,35 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def _leave(code, line=None):
-    """End the process at once: TensorFlow's feeding threads can abort one that shuts down amid `fit`."""
-    if line:
-        print(line, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
-
-
-@contextlib.contextmanager
-def _named(path):
-    """Name `path` in an error of writing that names no file, as libraries raise it on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if type(error) is not OSError or error.filename or str(path) in str(error):
-            raise
-        if error.errno:
-            try:
-                sys.stdout.flush()
-            except OSError:
-                path = "standard output"
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise ModelError(f"{path}: cannot be written ({first_line(error)}); is the disk full?") from None
-
-
-@functools.cache
-def _sweep(folder):
-    """Remove what killed processes have left in a folder, once."""
-    for left in folder.glob(".unfinished-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
-                left.unlink()
-
-
 @contextlib.contextmanager
 def atomic(path):
     """Give a temporary path in the folder of `path` and rename it to `path` if the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
     # the ending stays, since writers choose the format by it
     temporary = path.with_name(f".unfinished-{os.urandom(8).hex()}{path.suffix}")
     try:
-        with _named(path):
-            yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
+        yield temporary
+        _to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _to_disk(path):
+    """Wait until a file would outlast a power cut."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def publishing(out, name):
-    """Collect all files of a run in a folder of their own and move them into `out` together.
+    """Collect all files of a run in a folder of their own, and move them into `out` when all are there.
 
-    If the block fails, nothing of `out` has changed. If the process dies while the files are moved, the next
-    `publishing`, `load_model` or `read_record` of that run moves the rest. Processes that have trained
-    together part here: the first one alone goes on.
+    If the block fails, nothing of `out` has changed. The record is moved last: if the process is killed amid
+    the moves, files that do not fit the old record are refused until the same command, for a training with
+    --resume, has published the run anew. Processes that have trained together part here: the first one alone
+    goes on.
 
     Args:
         out: Folder that holds `models/`, `weights/` and so on.
@@ -418,87 +366,39 @@ def publishing(out, name):
     _disconnect()
     if not is_first():
         sys.exit()
-    finish_publishing(out, name)
     draft = Path(out) / "logs" / f".{name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     for folder in FOLDERS:
         (draft / folder).mkdir(parents=True)
     try:
-        with _named(out):
-            yield draft
-        for path in draft.rglob("*.*"):
-            _check_place(Path(out) / path.relative_to(draft))
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-        os.replace(draft, _complete_draft(out, name))  # from here on the new files count
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    finish_publishing(out, name)
-
-
-def _check_place(path):
-    if path.is_dir():
-        raise ModelError(f"{path}: a folder is in the place of a file; move it away and run again")
-
-
-def finish_publishing(out, name):
-    """Move what `publishing` completed for run `name` to its final place; do nothing if there is nothing."""
-    source = _complete_draft(out, name)
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            target = Path(out) / path.relative_to(source)
+        yield draft
+        files = [path for path in draft.rglob("*") if path.is_file()]
+        for path in files:
+            _to_disk(path)
+        record = draft / "logs" / f"{name}.json"
+        for path in sorted(files, key=lambda path: path == record):
+            target = Path(out) / path.relative_to(draft)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process moved it
-                os.replace(path, target)
-    shutil.rmtree(source, ignore_errors=True)
-
-
-def _complete_draft(out, name):
-    return Path(out) / "logs" / f".{name}.complete"
+            shutil.move(path, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def locked(out, name):
-    """Hold the name of a run, so that no second process writes under it at the same time.
-
-    Raises:
-        ModelError: another process holds it, or the run could not be written.
-    """
+    """Hold the name of a run, so that no second process writes under it at the same time."""
+    for folder in FOLDERS:  # what is in their place is found before the work
+        (Path(out) / folder).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "logs" / f".{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (Path(out) / folder for folder in ("", *FOLDERS)):
-        check_writable(
-            folder, "make it a writable folder on the disk of logs/, or choose another --out", path.parent
-        )
-    for place in (place for folder in FOLDERS for place in Path(out, folder).glob(f"*{name}*")):
-        if place.suffix in (".json", ".csv", ".h5", ".npy", ".png", ".gif"):
-            _check_place(place)
     with open(path, "a") as file:  # which leaves alone what a link points to
-        if fcntl:
-            try:
+        try:
+            if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ModelError(
-                    f"{path}: another run named {name} is going on; choose another --name"
-                ) from None
+        except BlockingIOError:
+            raise ModelError(f"{path}: another run named {name} is going on; choose another --name") from None
+        except OSError as error:  # Lustre and some NFS have no locks
+            print(f"{path}: cannot be locked ({error.strerror}); start no second run named {name} meanwhile")
         yield
-
-
-def check_writable(folder, remedy, drafts=None):
-    """Find out before the work, not after it, whether its results can be written; make the folder if missing.
-
-    Raises:
-        ModelError: nothing can be written there, or moved there from the folder `drafts`, which may be on
-            another disk; the message ends in `remedy`.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=drafts or folder) as draft:
-            (moved := Path(draft) / Path(draft).name).mkdir()
-            moved.rename(folder / f"{moved.name}.moved").rmdir()
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot be written to ({error.strerror}); {remedy}") from None
 
 
 def training_folder(out, name):
@@ -516,28 +416,23 @@ def _scratch():
 
 @contextlib.contextmanager
 def training(script, args, checksums, part=None):
-    """Prepare a training run: lock, working folder, precision, seed. Tell how to resume when it is stopped.
+    """Prepare a training run: lock, working folder, precision, seed. Say how to resume it when it is stopped.
 
     Args:
         script: `__file__` of the script.
         args: Its arguments, with `out`, `name`, `resume`, `seed`, `precision`.
         checksums: Of the data.
         part: One of PARTS that the run will write; None where it will write one model.
-
-    Raises:
-        ModelError: another run of that name is going on, was interrupted and is not to be resumed, or has
-            saved models of another kind.
     """
     out, folder = Path(args.out), training_folder(args.out, args.name)
-    path = out / "logs" / f"{args.name}.json"
-    if path.exists():
-        saved = (_read_dict(path) or {}).get("files")
-        if isinstance(saved, dict) and f"models/{_model_name(args.name, part)}.json" not in saved:
-            raise ModelError(f"{path}: of a run of another kind; choose another --name")
+    arguments = folder / "arguments.json"
+    files = read_record(out, args.name).get("files")
+    if files and f"models/{_model_name(args.name, part)}.json" not in files:
+        raise ModelError(f"{out}/logs/{args.name}.json: of a run of another kind; choose another --name")
+    if files:
         print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
-    script = Path(script).name if Path.cwd() == HERE else script
     command = [sys.executable, script, "--resume", "--name", args.name]
     if out != HERE:
         command += ["--out", str(out.resolve())]
@@ -546,8 +441,11 @@ def training(script, args, checksums, part=None):
             if any(folder.rglob("checkpoint.*")):
                 raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        _keep_arguments(folder / "arguments.json", Path(script).name, args, checksums)
+        elif is_first() and _read_json(arguments, "delete it").get("data") != checksums:
+            print("The pictures have changed since the run was interrupted, and perhaps their splits.")
+        with atomic(arguments) as temporary:
+            kept = {"script": Path(script).name, "data": checksums} | vars(args)
+            temporary.write_text(json.dumps(kept, default=str), encoding="utf-8")
         try:
             yield
         except KeyboardInterrupt:
@@ -561,44 +459,13 @@ def training(script, args, checksums, part=None):
         shutil.rmtree(folder)
 
 
-def _keep_arguments(path, script, args, checksums):
-    """Write the arguments of a run, or check that it is resumed by the same script with the same ones.
-
-    Raises:
-        ModelError: it is not; names the first argument that differs.
-    """
-    new = json.loads(json.dumps({"script": script, "data": checksums} | vars(args), default=str))
-    # of several processes that train together, the first alone has the file
-    interrupted = (_read_dict(path) if args.resume and path.exists() else None) or {}
-    if interrupted.pop("data", checksums) != checksums:  # by names or sizes of a folder's files
-        print("The pictures have changed since the run was interrupted, and perhaps their splits.")
-    for key, old in interrupted.items():
-        other_epochs = "epochs" in key and old  # a stage that was left out stays so
-        if key not in CHANGEABLE and not other_epochs and new.get(key, old) != old:
-            what = f"the interrupted run has {key.replace('_', '-')} {old}, not {new[key]}"
-            raise ModelError(f"{path}: {what}; resume it as it was, or delete {path.parent}")
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(new), encoding="utf-8")
-
-
 def resumed_arguments(out, name):
-    """Arguments of the interrupted run `name`, without those that belong to the command that resumes it.
-
-    Raises:
-        ModelError: there is no such run, or what it left is damaged.
-    """
+    """Arguments of the interrupted run `name`, without those that belong to the command that resumes it."""
     path = training_folder(out, name) / "arguments.json"
-    try:
-        arguments = _read_dict(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: not found, nothing to resume; train without --resume") from None
-    if arguments is None:
-        raise ModelError(f"{path}: damaged; delete {path.parent} and train without --resume")
-    return {
-        key: value
-        for key, value in arguments.items()
-        if key not in ("script", "data", "verb", "out", "resume")
-    }
+    if not path.exists():
+        raise ModelError(f"{path}: not found, nothing to resume; train without --resume")
+    arguments = _read_json(path, f"delete {path.parent} and train without --resume")
+    return {key: value for key, value in arguments.items() if key not in ("data", "verb", "out", "resume")}
 
 
 def sha256_of(path):
@@ -607,26 +474,21 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_dict(path):
-    """Read a JSON file of a dict; None if it is anything else."""
+def _read_json(path, remedy):
+    """Read a JSON file that holds a dict."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        content = None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: damaged; {remedy}")
+    return content
 
 
 def read_record(out, name):
     """Read the run record `logs/NAME.json`; an empty dict if there is none."""
-    finish_publishing(out, name)
     path = Path(out) / "logs" / f"{name}.json"
-    try:
-        record = _read_dict(path)
-    except FileNotFoundError:
-        return {}
-    if record is None:
-        raise ModelError(f"{path}: damaged run record; delete it, or train {name} again")
-    return record
+    return _read_json(path, f"delete it, or train {name} again") if path.exists() else {}
 
 
 def write_record(draft, name, record):
@@ -641,25 +503,25 @@ def write_record(draft, name, record):
 
 
 def describe_run(args, rows):
-    """What the record of every training run tells; `rows` are its metrics, a dict for each epoch.
+    """What the record of every training run says; `rows` are its metrics, a dict for each epoch.
 
     It keeps a summary of the run that --start names, since the new run may replace it.
     """
     before = read_record(args.out, args.start) if args.start else {}
-    told = ("name", "arguments", "environment", "training_seconds", "epochs", "started_from")
+    summary = ("name", "arguments", "environment", "training_seconds", "epochs", "started_from")
     return {
         "name": args.name,
         "arguments": recorded_arguments(args),
         "environment": environment(),
         "training_seconds": round(sum(row["seconds"] for row in rows)),
         "epochs": len(rows),
-        "started_from": {key: before[key] for key in told if key in before} or None,
+        "started_from": {key: before[key] for key in summary if key in before} or None,
     }
 
 
 def recorded_arguments(args):
-    """The arguments of a run for its record: of paths the last part; those of the one call are left out."""
-    kept = {key: value for key, value in vars(args).items() if key not in OF_THE_CALL}
+    """The arguments of a run for its record: of paths the last part; those of a call are left out."""
+    kept = {key: value for key, value in vars(args).items() if key not in NOT_RECORDED}
     return {key: Path(value).name if os.path.isabs(str(value)) else value for key, value in kept.items()}
 
 
@@ -678,29 +540,20 @@ def best_row(rows, monitor):
 def environment():
     """Versions and hardware, for the run record."""
     backend = keras.backend.backend()
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, TypeError):
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    with contextlib.suppress(AttributeError):  # the torch backend of Keras lists no devices
-        cpu = "; ".join([", ".join(keras.distribution.list_devices()), *gpus(), cpu])
+    model = re.search(r"model name\s*:\s*(.+)", _cpu_details())
+    hardware = [name for name, _ in gpus()] + [model[1] if model else platform.machine()]
     return {
         "python": platform.python_version(),
         "keras": keras.__version__,
         "backend": f"{backend} {importlib.import_module(backend).__version__}",
         "numpy": np.__version__,
-        "hardware": f"{cpu}, {os.cpu_count()} cores",
+        "hardware": f"{'; '.join(hardware)}, {os.cpu_count()} cores",
     }
 
 
 # What newer Keras writes and older Keras 3 refuses; with these values, its defaults, it does nothing.
-_NEW_KEYS = {
-    "input_axes": None,
-    "output_axes": None,
-    "quantization_config": None,
-    "renorm": False,
-    "renorm_clipping": None,
-    "renorm_momentum": 0.99,
-}
+_NEW_KEYS = dict.fromkeys(("input_axes", "output_axes", "quantization_config", "renorm_clipping"))
+_NEW_KEYS |= {"renorm": False, "renorm_momentum": 0.99}
 
 
 def _portable(config):
@@ -803,7 +656,6 @@ def load_model(out, run, part=None, precision="float32"):
     Returns:
         `keras.Model`, uncompiled, with float32 outputs.
     """
-    finish_publishing(out, run)
     out, name = Path(out), _model_name(run, part)
     architecture, weights = out / "models" / f"{name}.json", out / "weights" / f"{name}.weights.h5"
     if not architecture.exists():
