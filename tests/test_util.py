@@ -539,30 +539,26 @@ def test_full_disk_leaves_the_earlier_file_of_any_kind(tmp_path, ending):
 
 
 DISK = """
-import os, subprocess, sys
-os.environ["KERAS_BACKEND"] = "numpy"
-import util
-mount = sys.argv[1]
-for step in ("size=64k", "remount,ro"):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", step, "none", mount], check=True)
-    try:
-        with util.locked(mount, "run"):
-            for _ in range(100):
-                with util.atomic(mount + f"/logs/{os.urandom(4).hex()}.txt") as path:
-                    path.write_text("x" * 2000)
-    except OSError as error:
-        print(util.error_line(error))
+import os, sys, util
+try:
+    with util.locked(sys.argv[1], "run"):
+        for _ in range(100):
+            with util.atomic(sys.argv[1] + f"/logs/{os.urandom(4).hex()}.txt") as path:
+                path.write_text("x" * 2000)
+except OSError as error:
+    print(util.error_line(error))
 """
 
 
-def test_disk_that_is_really_full_or_read_only(tmp_path):
-    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", DISK, str(tmp_path)]
-    if not shutil.which("unshare") or subprocess.run([*command[:4], "true"], capture_output=True).returncode:
+@pytest.mark.parametrize("option, fault", [("size=64k", "No space left on device"), ("ro", "Read-only file")])
+def test_disk_that_is_really_full_or_read_only(tmp_path, option, fault):
+    mount = f"mount -t tmpfs -o {option} none {tmp_path} && {sys.executable} -c '{DISK}' {tmp_path}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("no right to mount a file system")
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    full, read_only = ended.stdout.splitlines()
-    assert full == "[Errno 28] No space left on device; free some space and run again"
-    assert "Read-only file system" in read_only and str(tmp_path) in read_only
+    options = {"env": os.environ | {"KERAS_BACKEND": "numpy"}, "capture_output": True, "text": True}
+    (line,) = subprocess.run([*command, mount], cwd=ROOT, **options).stdout.splitlines()
+    assert fault in line
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
@@ -578,15 +574,6 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_failed_draft_leaves_everything_as_it_was(saved):
-    before = files_of(saved)
-    with pytest.raises(RuntimeError), util.publishing(saved, "small") as draft:
-        util.save_model(draft, small_model(seed=1), "autoencoder_small")
-        raise RuntimeError
-    assert files_of(saved) == before
-    assert not list((saved / "logs").glob(".small.*"))
 
 
 def test_run_whose_publishing_was_killed_is_refused_until_it_is_published_again(saved, monkeypatch):
@@ -659,9 +646,8 @@ def test_fault_ends_a_script_in_one_line_and_is_an_exception_in_a_notebook(monke
 @pytest.mark.parametrize(
     ("capabilities", "cpu", "expected"),
     [
-        ([(7, 5)], "avx512_bf16", "float32"),  # a T4
         ([(8, 0)], "", "mixed_bfloat16"),
-        ([(10, 0), (7, 5)], "", "float32"),
+        ([(10, 0), (7, 5)], "avx512_bf16", "float32"),  # one is a T4
         ([], "flags: avx512_bf16", "mixed_bfloat16"),
         ([], "flags: avx2", "float32"),
     ],
@@ -672,24 +658,24 @@ def test_fast_precision_is_that_of_the_devices_that_are_computed_on(monkeypatch,
     assert util.fast_precision() == expected
 
 
-JAX = Namespace(
-    local_devices=lambda: [
+def test_gpus_are_those_that_the_backend_sees(monkeypatch):
+    of_jax = [
         Namespace(platform="gpu", device_kind="a GPU", compute_capability="9.0"),
-        Namespace(platform="cpu", device_kind="cpu"),
+        Namespace(platform="cpu"),
     ]
-)
-EXPERIMENTAL = Namespace(get_device_details=dict)
-GPU = {"device_name": "a GPU", "compute_capability": (9, 0)}
-TENSORFLOW = Namespace(config=Namespace(list_physical_devices=lambda kind: [GPU], experimental=EXPERIMENTAL))
-CUDA = {"device_count": lambda: 1, "get_device_name": lambda _: "a GPU"}
-TORCH = Namespace(cuda=Namespace(**CUDA, get_device_capability=lambda _: (9, 0)))
-
-
-@pytest.mark.parametrize("backend, module", [("jax", JAX), ("tensorflow", TENSORFLOW), ("torch", TORCH)])
-def test_gpus_are_those_that_the_backend_sees(monkeypatch, backend, module):
-    monkeypatch.setattr(keras.backend, "backend", lambda: backend)
-    monkeypatch.setitem(sys.modules, backend, module)
-    assert util.gpus() == [("a GPU", (9, 0))]
+    of_tensorflow = {"device_name": "a GPU", "compute_capability": (9, 0)}
+    config = Namespace(
+        list_physical_devices=lambda kind: [of_tensorflow], experimental=Namespace(get_device_details=dict)
+    )
+    cuda = Namespace(
+        device_count=lambda: 1, get_device_name=lambda n: "a GPU", get_device_capability=lambda n: (9, 0)
+    )
+    monkeypatch.setitem(sys.modules, "jax", Namespace(local_devices=lambda: of_jax))
+    monkeypatch.setitem(sys.modules, "tensorflow", Namespace(config=config))
+    monkeypatch.setitem(sys.modules, "torch", Namespace(cuda=cuda))
+    for backend in ("jax", "tensorflow", "torch"):
+        monkeypatch.setattr(keras.backend, "backend", lambda name=backend: name)
+        assert util.gpus() == [("a GPU", (9, 0))]
 
 
 def test_muon_takes_a_kernel_as_keras_takes_its_matrix():
