@@ -216,6 +216,7 @@ def test_sigterm_tells_how_to_resume(start_two, tmp_path, epoch):
     ("own", "told"),
     [
         ((["--precision=float32"], ["--precision=mixed_bfloat16"]), "differ in --precision;"),
+        (([], ["--resume"]), "differ in --resume;"),
         ((["--batch-size=15"],) * 2, "--batch-size 15: not a multiple of the 2 devices"),
     ],
 )
