@@ -22,7 +22,9 @@ import itertools
 import math
 import mmap
 import os
+import struct
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -50,14 +52,16 @@ from util import (
 
 import keras
 import numpy as np
-import tifffile
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+import OpenImageIO as oiio
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, TiffTags
 from scipy.ndimage import convolve, uniform_filter
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
 
-Image.MAX_IMAGE_PIXELS = None  # telephones exceed Pillow's bound; MAX_PIXELS is ours
+Image.MAX_IMAGE_PIXELS = None  # telephones exceed Pillow's bound; OpenImageIO has ours
+oiio.attribute("limits:imagesize_MB", 1500)  # decoded: 250 megapixels of 16-bit colours
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # so do texts of more than 1 MiB
 warnings.filterwarnings("ignore", module="PIL")  # of slightly damaged files
 
 PHOTOS_CLASSES = ("china", "flower")
@@ -78,14 +82,26 @@ MARGIN = 16  # pixels by which a training patch may exceed the place that is dra
 SHRINKING = (2, 4)  # training and validation patches are cut from 1/2 and 1/4 of the size, too
 SHOWN_PICTURE = (512, 768)  # height and width of the part that is shown of a picture, at most
 FEWEST_TO_HOLD_OUT = 10  # with fewer photographs none is held out whole: each is divided among the splits
-MAX_JPEG_EXIF = 65_533  # bytes
-SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # of picture files; others are refused, some start programs
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # of picture files
 SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B")  # of Pillow
-MAX_PIXELS = 250_000_000  # of a picture
-SRGB_GAMMA = 0.45455
-DESCRIPTIVE_TAGS = {270, 271, 272, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF, from title to GPS
+CHANNELS = (("Y",), ("Y", "A"), ("R", "G", "B"), ("R", "G", "B", "A"))
+THUMBNAIL = 1  # as TIFF's NewSubfileType
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # colour type by count of channels
+PNG_UP = 2  # filter type
+PIXEL_CHUNKS = (b"tRNS", b"bKGD", b"hIST", b"sBIT", b"sPLT")  # they fit pixels as they are stored
+SRGB_CHUNKS = {
+    b"gAMA": struct.pack(">I", 45455),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+}
+START_OF_SCAN, DESCRIPTIVE_SEGMENTS = b"\xda", {*range(0xE0, 0xEE), 0xEF, 0xFE}  # of JPEG
+JFIF_BYTES = 18  # of the first segment that Pillow writes
+EXIF_TAGS = {270, 271, 272, 274, 305, 306, 315, 316, 33432, 34665, 34853}  # from title to GPS
+# of TIFF, beside these: page, resolution, colours, XMP, IPTC, Photoshop, ICC profile, map projections
+TIFF_TAGS = EXIF_TAGS | {269, 282, 283, 285, 296, 301, 318, 319, 700, 33723, 34377, 34675}
+TIFF_TAGS |= {33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113}
+XMP_TAG, IPTC_TAG = 700, 33723
+TiffTags.TAGS_V2[IPTC_TAG] = TiffTags.TagInfo(IPTC_TAG, "IPTC", TiffTags.UNDEFINED)  # of any length
 RESIZED_VERSION = 1  # of the cache
 AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
@@ -300,224 +316,294 @@ def _resized(image, width, height):
 
 
 def _cached_resize(images, size, cache):
-    """Resize a split that may be larger than memory, once, into a `.npy` file; returns it memory-mapped."""
+    """Resize a split once, into a `.npy` file; returns it memory-mapped, since it may exceed the memory."""
+    shape = (len(images), size, size, 3)
     if not cache.exists():
         print(f"Resizing {len(images):,} images to {size}x{size} into {cache}", flush=True)
         advance = progress(len(images), "resized")
         # not through a memory map, where a full disk would kill the process
         with atomic(cache) as path, open(path, "wb") as file:
-            _write_header(file, (len(images), size, size, 3))
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(images), 1000):
                 file.write(resize(images[start : start + 1000], size))
                 advance(len(images[start : start + 1000]))
-    return _open_cache(cache, (len(images), size, size, 3))
-
-
-def _write_header(file, shape):
-    """Write the header of a `.npy` file of bytes; its length does not depend on the number of images."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _open_cache(cache, shape, dtype=np.uint8):
-    """Map a cache file; `shape` may leave the number of images open with None."""
     try:
-        array = np.lib.format.open_memmap(cache, mode="r")
+        resized = np.lib.format.open_memmap(cache, mode="r")
     except Exception as error:  # a damaged header raises whatever its parsing stumbles over
         raise DataError(f"{cache}: damaged cache ({error}); delete it and run again") from None
-    if array.dtype != dtype or array.shape != (shape[0] or len(array), *shape[1:]):
-        found = f"{array.dtype} {array.shape}"
+    if resized.dtype != np.uint8 or resized.shape != shape:
+        found = f"{resized.dtype} {resized.shape}"
         raise DataError(f"{cache}: holds {found}, not what its name says; delete it and run again")
-    return array
+    return resized
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a picture file holds beside its pixels."""
+
+    kind: str = ""  # its format, one of FORMATS
+    orientation: int = 1  # of EXIF, 1 to 8
+    common: dict = field(default_factory=dict)  # exif, xmp, icc_profile and dpi, as Pillow takes them
+    own: list | None = None  # all of it, in bytes as they lie in the file, for a file of the same format
+
+
+NO_METADATA = Metadata()
 
 
 def read_picture(path, keep_grey=False):
     """Read an image file as RGB, uint8 (H, W, 3): upright by its EXIF orientation, no alpha.
 
-    Args:
-        path: Of the file.
-        keep_grey: Leave a grey picture grey, (H, W, 1).
-
-    Raises:
-        OSError: as `read_pixels` does.
+    With `keep_grey` a grey picture stays grey, (H, W, 1).
     """
-    pixels, _, _ = read_pixels(path)
+    pixels, _, metadata = read_pixels(path)
+    pixels = upright(pixels, metadata)
     if pixels.dtype == np.uint16:
         pixels = np.round(pixels / 257).astype(np.uint8)
     return pixels if keep_grey else np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
 def read_pixels(path):
-    """Read an image file without loss: upright by its EXIF orientation, in its own channels and depth.
+    """Read an image file without loss: pixels as they lie in it, in its own channels and depth.
 
     Returns:
         uint8 or uint16 array, (H, W, 1) of a grey image or (H, W, 3) of a coloured one (palettes and CMYK
-        become RGB); its alpha (H, W), or None; and a dict with what else is worth keeping, where it has it:
-        `icc_profile` and `exif`, bytes, the latter without the orientation; and `dpi`, its resolution.
-
-    Raises:
-        OSError: the file cannot be opened.
-        DataError: not a PNG, JPEG, TIFF or WebP file, damaged, or of a kind that is rare among them.
+        become RGB); its alpha (H, W), or None; and its `Metadata`.
     """
+    if not Path(path).is_file():  # a pipe could wait for ever
+        raise FileNotFoundError(errno.ENOENT, "no such file, or none of the regular kind", str(path))
+    raw = Path(path).read_bytes()
     try:
-        return _decoded(path)
-    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        if getattr(error, "errno", None) or isinstance(error, (MemoryError, DataError)):
-            raise
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not PNG, JPEG, TIFF or WebP, or damaged" if unknown else first_line(error)
-        message = f"{path}: not a readable image ({reason}); convert it to plain PNG"
+        pixels, kind, orientation = _decoded(path)
+        common, own = _read_metadata(raw, kind)
+    except ValueError as error:
+        message = f"{path}: not a readable image ({first_line(error)}); convert it to plain PNG"
         raise DataError(message) from None
+    colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
+    alpha = pixels[..., -1] if pixels.shape[2] > colours else None
+    return pixels[..., :colours], alpha, Metadata(kind, orientation, common, own)
 
 
 def _decoded(path):
-    """What `read_pixels` returns."""
-    if not Path(path).is_file():  # a pipe could wait for ever
-        raise FileNotFoundError(errno.ENOENT, "no such file, or none of the regular kind", str(path))
-    with Image.open(path, formats=FORMATS) as image:
-        image.filename = ""  # Pillow 13 maps a file that has a name, and garbles TIFFs that lie on their side
-        deep_grey = image.mode.startswith("I")
-        deep_colours = _checked_bits(image) == 16 and not deep_grey  # Pillow would cut them to 8
-        if image.format == "TIFF":
-            image.getexif()  # while the file is open
-        if not deep_colours or image.format == "PNG":
-            image.load()  # which turns a TIFF upright and forgets its orientation
-        orientation, metadata = _orientation_and_metadata(image)
-        if deep_grey:
-            pixels = np.asarray(image).astype(np.uint16)
-        elif not deep_colours:
-            transparent = "A" in image.mode or "transparency" in image.info
-            grey = image.mode in ("1", "L", "LA")
-            pixels = np.asarray(image.convert(("L" if grey else "RGB") + ("A" if transparent else "")))
-        elif image.format == "PNG":
-            pixels = _tensorflow_io(path).decode_png(Path(path).read_bytes(), dtype="uint16").numpy()
-        else:
-            with tifffile.TiffFile(path) as file:
-                pixels = file.pages[0].asarray()  # of planar configuration 2, channels come first
-            planar = image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
-            pixels = pixels.transpose((1, 2, 0) if planar else (0, 1, 2))[..., : len(image.mode)]
-    pixels = _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
-    colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
-    return pixels[..., :colours], pixels[..., -1] if pixels.shape[2] > colours else None, metadata
-
-
-def _checked_bits(image):
-    """Bits of a channel, as far as more than 8 are told; raises OSError of an image of a rare kind."""
-    tags, info = getattr(image, "tag_v2", {}), image.info
-    deep_png = image.format == "PNG" and "16" in str(image.tile[0][3])
-    bits = 16 if deep_png else max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-    premultiplied = tags.get(TiffImagePlugin.EXTRASAMPLES) == (1,)
-    plain = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 2) in (1, 2) and not premultiplied
-    gamma = SRGB_GAMMA if {"srgb", "icc_profile"} & set(info) else info.get("gamma", SRGB_GAMMA)
+    """Pixels of an image file, its format and orientation; raises ValueError of what is not plain."""
+    options = oiio.ImageSpec()
+    options["oiio:UnassociatedAlpha"] = options["tiff:keep_unassociated_alpha"] = 1
+    image = oiio.ImageInput.open(os.fsencode(path).decode(), options)
+    kind = image.format_name().upper() if image else "damaged"
+    if kind not in FORMATS:
+        raise ValueError(f"not PNG, JPEG, TIFF or WebP, but {oiio.geterror() or kind}")
+    spec = image.spec().copy()
+    pixels = image.read_image(0, 0, 0, spec.nchannels, "unknown")  # of its own type
+    if image.has_error or pixels is None:
+        raise ValueError(image.geterror())
+    photometry = spec.get_string_attribute("tiff:ColorSpace")
+    multiplied = spec.alpha_channel >= 0 and not spec.get_int_attribute("oiio:UnassociatedAlpha")
     rare = {
-        f"more than {MAX_PIXELS:,} pixels": image.width * image.height > MAX_PIXELS,
-        "an image of several frames": getattr(image, "n_frames", 1) > 1 and image.format != "MPO",
-        "microscopy": "<OME" in str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION)),
-        "floating point or signed pixels": set(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) != {1},
-        f"pixels of {bits} bits": bits not in (1, 2, 4, 8, 16),
-        f"pixels of kind {image.mode}": image.mode not in MODES,
-        "colours of 16 bits that are not plain RGB": bits == 16 and (not plain or "transparency" in info),
-        f"gamma {gamma}": abs(gamma - SRGB_GAMMA) > 0.01,
+        f"pixels of type {spec.format}": pixels.dtype not in (np.uint8, np.uint16),
+        f"channels {', '.join(spec.channelnames)}": spec.channelnames not in CHANNELS,
+        f"colours as {photometry}": photometry not in ("", "palette", "CMYK", "YCbCr"),
+        "colours multiplied by alpha": multiplied,
+        "a palette of 8 bits, or nothing but black": photometry == "palette" and not pixels.any(),
+        "a volume": spec.depth > 1,
+        "several pictures": _has_pages(image),
     }
-    if found := [kind for kind, there in rare.items() if there]:
-        raise OSError(", ".join(found))
-    return bits
+    if found := [reason for reason, there in rare.items() if there]:
+        raise ValueError(", ".join(found))
+    white_is_zero = spec.get_int_attribute("tiff:PhotometricInterpretation", 1) == 0
+    if white_is_zero and pixels.dtype == np.uint16:  # OpenImageIO has turned 8 bits
+        pixels = 65535 - pixels
+    return pixels, kind, spec.get_int_attribute("Orientation", 1)
 
 
-def _orientation_and_metadata(image):
-    """EXIF orientation of an image, 1 where there is none, and the metadata of `read_pixels`."""
-    orientation, kept = 1, {"icc_profile": image.mode != "CMYK" and image.info.get("icc_profile")}
-    with contextlib.suppress(Exception):  # damaged, which is no reason to do without the picture
+def _has_pages(image):
+    """Whether more than thumbnails follow the first picture of a file."""
+    index = 1
+    while image.seek_subimage(index, 0):
+        if image.spec().get_int_attribute("tiff:subfiletype") != THUMBNAIL:
+            return True
+        index += 1
+    return False
+
+
+def _read_metadata(raw, kind):
+    """`common` and `own` of `Metadata`; what is damaged is left out."""
+    common, own = {}, {"PNG": _png_chunks, "JPEG": _jpeg_segments}.get(kind, lambda raw: None)(raw)
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(raw), formats=[kind]) as image:
         exif = image.getexif()
         exif.bigtiff = False  # the offsets that no other format has
-        orientation = exif.pop(ExifTags.Base.Orientation, 1)
-        for tag in set(exif) - DESCRIPTIVE_TAGS if image.format == "TIFF" else ():
-            del exif[tag]
-        kept["exif"] = exif and exif.tobytes()
-        dpi = [float(value) for value in image.info.get("dpi", ())]
-        kept["dpi"] = all(0 < value < 1e5 for value in dpi) and dpi
-    return orientation, {key: value for key, value in kept.items() if value}
+        common = {key: image.info.get(key) for key in ("xmp", "icc_profile", "dpi")}
+        if min(common["dpi"] or (0,)) <= 1:  # what Pillow says where a TIFF says none
+            del common["dpi"]
+        if image.mode == "CMYK":  # its profile does not fit RGB
+            own = None
+            del common["icc_profile"]
+            exif.pop(TiffImagePlugin.ICCPROFILE, None)
+        if kind == "TIFF":
+            for tag in set(exif) - TIFF_TAGS:
+                del exif[tag]
+            if not isinstance(exif.get(IPTC_TAG, b""), bytes):  # Photoshop writes them as integers
+                exif[IPTC_TAG] = np.array(exif[IPTC_TAG], f"{exif.endian}u4").tobytes()
+            own = [exif.tobytes()]
+            for tag in set(exif) - EXIF_TAGS:
+                del exif[tag]
+        common["exif"] = exif and exif.tobytes()
+    return {key: value for key, value in common.items() if value}, own
 
 
-def _upright(pixels, orientation):
-    """Turn and mirror pixels (H, W, C) by their EXIF orientation, 1 to 8."""
+def _png_chunks(raw):
+    """Chunks of a PNG file that do not describe single pixels."""
+    chunks, place = [], len(PNG_SIGNATURE)
+    while place < len(raw):
+        end = place + 12 + int.from_bytes(raw[place : place + 4], "big")
+        kind = raw[place + 4 : place + 8]
+        if kind == b"acTL":
+            raise ValueError("an animation")
+        if kind[:1].islower() and kind not in PIXEL_CHUNKS:
+            chunks.append(raw[place:end])
+        place = end
+    return chunks
+
+
+def _jpeg_segments(raw):
+    """Segments of a JPEG file that do not describe how its pixels are coded."""
+    segments, place = [], 2
+    while raw[place + 1 : place + 2] not in (b"", START_OF_SCAN):
+        end = place + 2 + int.from_bytes(raw[place + 2 : place + 4], "big")
+        if raw[place + 1] in DESCRIPTIVE_SEGMENTS and raw[place + 4 : place + 8] != b"MPF\0":
+            segments.append(raw[place:end])
+        place = end
+    return segments
+
+
+def upright(pixels, metadata):
+    """Turn and mirror pixels (H, W, C) of a file as its EXIF orientation says."""
+    orientation = metadata.orientation
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
-def format_for(path, pixels, alpha=None):
-    """The format that the ending of `path` asks for.
-
-    Raises:
-        DataError: it is none of FORMATS, or cannot hold these channels or this depth.
-    """
-    suffix, deep = path.suffix.lower(), pixels.dtype == np.uint16
+def format_for(path, pixels, alpha=None, metadata=NO_METADATA):
+    """The format that the ending of `path` asks for; it must hold these channels, depth and colours."""
+    suffix = path.suffix.lower()
     kind = SUFFIXES.get(suffix)
     if not kind:
         raise DataError(f"{path}: no format to write has this ending; choose .png, or a folder that is there")
-    if deep and kind not in ("PNG", "TIFF"):
+    if pixels.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
         raise DataError(f"{path}: {suffix} holds no 16 bits; choose .png")
-    if alpha is not None and (kind == "JPEG" or deep and kind == "TIFF" and pixels.shape[2] == 1):
-        raise DataError(f"{path}: {kind} holds no transparency{' of grey of 16 bits' * deep}; choose .png")
+    if alpha is not None and kind == "JPEG":
+        raise DataError(f"{path}: JPEG holds no transparency; choose .png")
+    if metadata.kind == "PNG" != kind and _has_colours_of_png(metadata.own):
+        raise DataError(f"{path}: {kind} does not hold its colours (cICP, gAMA or cHRM); choose .png")
     return kind
 
 
-def write_pixels(path, pixels, alpha=None, metadata=None):
+def _has_colours_of_png(chunks):
+    """Whether colours are not those of sRGB, by chunks that other formats do not have."""
+    content = {chunk[4:8]: chunk[8:-4] for chunk in chunks}
+    if {b"cICP", b"iCCP", b"sRGB"} & set(content):
+        return b"cICP" in content
+    return any(content.get(kind, plain) != plain for kind, plain in SRGB_CHUNKS.items())
+
+
+def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
-    Raises:
-        OSError: the format cannot hold it; or the disk is full, and so on.
+    A file of the format that was read gets all its metadata; of another format EXIF, XMP, colour profile and
+    resolution.
     """
-    kind = format_for(path, pixels, alpha)
+    kind = format_for(path, pixels, alpha, metadata)
     channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
     try:
-        encoded = _encoded(path, kind, channels, **(metadata or {}))
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:
+        encoded = ENCODERS[kind](channels, metadata.common, metadata.own if kind == metadata.kind else None)
+    except (OSError, ValueError, struct.error) as error:
         raise OSError(f"{path}: {kind} cannot hold it ({first_line(error)}); choose .png") from None
     with atomic(path) as temporary:
         temporary.write_bytes(encoded)
 
 
-def _encoded(path, kind, channels, **metadata):
-    """Encode pixels (H, W, 1 to 4) in memory, since some encoders hang or crash on a full disk.
+# Encoders: functions of pixels (H, W, 1 to 4) and of `common` and `own` of `Metadata` to the bytes of a file.
+# OpenImageIO writes no file, since it loses some of EXIF and XMP, and a full disk ends the process in JPEG.
 
-    `path` is told in messages.
-    """
-    file, count, deep = io.BytesIO(), channels.shape[2], channels.dtype == np.uint16
-    if deep and count > 1 and kind == "PNG":
-        return _with_metadata(_tensorflow_io(path).encode_png(channels).numpy(), metadata)
-    if deep and count > 1:
-        (tags := Image.Exif()).load(metadata.get("exif", b""))
-        texts = [(tag, "s", 0, text.encode(), True) for tag, text in tags.items() if isinstance(text, str)]
-        options = {"resolution": metadata.get("dpi"), "iccprofile": metadata.get("icc_profile")}
-        options |= {"extrasamples": [2] * (count - 3), "extratags": texts}  # 2: not multiplied into colours
-        tifffile.imwrite(file, channels, compression="zlib", metadata=None, software=False, **options)
-    else:
-        if kind == "JPEG" and len(metadata.get("exif", b"")) > MAX_JPEG_EXIF:
-            del metadata["exif"]
-        image = Image.fromarray(channels.squeeze(2) if count == 1 else channels)
-        image.save(file, kind, **SAVE_OPTIONS.get(kind, {}), **metadata)
+
+def encode_png(channels, common, own):
+    """PNG of 8 or 16 bits, each row as its difference to the one above."""
+    if own is None:
+        texts = PngImagePlugin.PngInfo()
+        texts.add_itxt("XML:com.adobe.xmp", common.get("xmp", b"").decode())
+        own = _png_chunks(
+            _encode_by_pillow(channels[:1, :1, :1].astype(np.uint8), "PNG", common, pnginfo=texts)
+        )
+    height, width, count = channels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8 * channels.itemsize, PNG_COLOURS[count], 0, 0, 0)
+    rows = channels.astype(channels.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
+    filtered = np.insert(np.diff(rows, axis=0, prepend=np.uint8(0)), 0, PNG_UP, axis=1)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered)), (b"IEND", b"")]
+    head, *rest = (_png_chunk(*part) for part in parts)
+    return b"".join([PNG_SIGNATURE, head, *own, *rest])
+
+
+def _png_chunk(kind, content):
+    checked = kind + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+
+def encode_jpeg(channels, common, own):
+    """JPEG of quality 95, with colours of full resolution (4:4:4)."""
+    options = {"quality": 95, "subsampling": 0}
+    if own is None:
+        return _encode_by_pillow(channels, "JPEG", common, **options)
+    encoded = _encode_by_pillow(channels, "JPEG", {}, **options)
+    return b"".join([encoded[:2], *own, encoded[2 + JFIF_BYTES :]])
+
+
+def encode_webp(channels, common, own):
+    """WebP without loss, not even of colours under alpha 0; `common` is all that it holds."""
+    return _encode_by_pillow(channels, "WEBP", common, lossless=True, exact=True)
+
+
+def _encode_by_pillow(channels, kind, common, **options):
+    file = io.BytesIO()
+    image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
+    image.save(file, kind, **common, **options)
     return file.getvalue()
 
 
-def _with_metadata(png, metadata):
-    """A PNG file, as bytes, with the chunks in which Pillow writes the metadata of `read_pixels`."""
-    file, header = io.BytesIO(), 8 + 25  # signature and IHDR, after which they stand
-    Image.new("L", (1, 1)).save(file, "PNG", **metadata)
-    return png[:header] + file.getvalue()[header : file.getvalue().rindex(b"IDAT") - 4] + png[header:]
+def encode_tiff(channels, common, own):
+    """TIFF of 8 or 16 bits, deflated in one strip, each pixel as its difference to the one at its left."""
+    tags, (height, width, count) = Image.Exif(), channels.shape
+    tags.load(own[0] if own else common.get("exif", b""))
+    order = "<" if tags.endian == "<" else ">"
+    differences = np.diff(channels, axis=1, prepend=channels.dtype.type(0))
+    strip = zlib.compress(differences.astype(differences.dtype.newbyteorder(order)))
+    base = ExifTags.Base
+    if own is None and "dpi" in common:
+        tags[base.XResolution], tags[base.YResolution] = common["dpi"]
+        tags[base.ResolutionUnit] = 2  # inch
+    for tag, key in ((XMP_TAG, "xmp"), (base.InterColorProfile, "icc_profile")):
+        if own is None and key in common:
+            tags[tag] = common[key]
+    tags.update(
+        {
+            base.ImageWidth: width,
+            base.ImageLength: height,
+            base.BitsPerSample: (8 * channels.itemsize,) * count,
+            base.Compression: 8,  # deflate
+            base.PhotometricInterpretation: 1 if count < 3 else 2,  # black is zero, or RGB
+            base.StripOffsets: 0,  # from the end of the tags
+            base.SamplesPerPixel: count,
+            base.RowsPerStrip: height,
+            base.StripByteCounts: len(strip),
+            base.Predictor: 2,
+        }
+    )
+    if count % 2 == 0:
+        tags[base.ExtraSamples] = 2  # alpha that is not multiplied into colours
+    return tags.tobytes()[len(b"Exif\0\0") :] + strip
 
 
-def _tensorflow_io(path):
-    try:
-        from tensorflow import io
-    except ImportError:
-        raise DataError(
-            f"{path}: PNG of 16-bit colours is handled by TensorFlow; install tensorflow"
-        ) from None
-    return io
+ENCODERS = {"PNG": encode_png, "JPEG": encode_jpeg, "TIFF": encode_tiff, "WEBP": encode_webp}
 
 
 def pictures_by_name(folder):
@@ -713,27 +799,25 @@ def _shuffle_held_out(data, source, size):
 
 
 def image_files(folder, remedy="choose another"):
-    """Paths of the images in a folder and its subfolders, sorted; hidden ones are left out.
-
-    Raises:
-        DataError: no such folder, or no images in it.
-    """
+    """Paths of the images in a folder, its subfolders and what they link to, sorted; hidden ones left out."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {remedy}")
 
     def name_it(error):
         print(f"{error.filename}: left out ({error.strerror})", flush=True)
 
-    places = os.walk(folder, onerror=name_it)
-    files = sorted(
-        path
-        for path in (Path(place, name) for place, _, names in places for name in names)
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    files, walked = [], set()
+    for place, folders, names in os.walk(folder, onerror=name_it, followlinks=True):
+        real = os.path.realpath(place)
+        if real in walked:  # a link leads back to it
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        files += [Path(place, name) for name in names if name[0] != "."]
+    files = sorted(path for path in files if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise DataError(f"{folder}: there are no images in it (links are not followed); {remedy}")
+        raise DataError(f"{folder}: there are no images in it; {remedy}")
     return files
 
 
@@ -890,10 +974,11 @@ def varying(images, sigma, rng):
 def impulse(images, sigma, rng):
     """Salt and pepper: y is 0 or 1, evenly, for a share p of the values, else x.
 
-    p is what brings a root mean square error of s in each image: s^2 over the mean of (x^2 + (1 - x)^2) / 2.
+    p is what brings a root mean square error of s in each image: s^2 over the mean of (x^2 + (1 - x)^2) / 2,
+    and at most 1, which sigma reaches at 127.5 in mid-grey and at 180 in black and white.
     """
     cost = (np.square(images) + np.square(1 - images)).mean(axis=(1, 2, 3), keepdims=True) / 2
-    share = np.square(sigma / 255) / cost
+    share = np.minimum(np.square(sigma / 255) / cost, 1)
     drawn = rng.random(images.shape, np.float32)
     return np.where(drawn < share / 2, 0, np.where(drawn < share, 1, images))
 
@@ -1256,6 +1341,8 @@ def fit_pca(images, energy=0.95):
         many components as needed; `transform` and `inverse_transform` take pixels in [0, 1], flattened.
     """
     pixels = images.reshape(len(images), -1).astype(np.float32)
+    if not np.ptp(pixels, axis=0).any():
+        raise DataError("there is one picture alone, or all are equal, which gives no PCA; add pictures")
     pixels /= 255  # in place: there may be much of it
     solver = "covariance_eigh" if len(pixels) >= pixels.shape[1] else "full"
     return PCA(n_components=energy, svd_solver=solver).fit(pixels)

@@ -48,6 +48,7 @@ from load_data import (
     picture_pairs,
     pictures_with_noise,
     read_pixels,
+    upright,
     validation_pair,
     write_pixels,
 )
@@ -1142,7 +1143,7 @@ def denoise_file(source, target, args, models):
     check_free()
     started = time.monotonic()
     pixels, alpha, metadata = read_pixels(source)
-    format_for(target, pixels, alpha)  # before the work
+    format_for(target, pixels, alpha, metadata)  # before the work
     denoised, errors = util.denoise_picture(
         autoencoder, pixels, args.strength, posterior, args.samples, ensemble=args.self_ensemble
     )
@@ -1151,7 +1152,7 @@ def denoise_file(source, target, args, models):
     message = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}"
     if posterior:
         brightness = np.minimum(np.round(DEVIATION_SCALE * errors), 255).astype(np.uint8)
-        write_pixels(deviation_path(target), brightness[..., None])
+        write_pixels(deviation_path(target), upright(brightness[..., None], metadata))
         error = root_mean_square(errors)
         message += f", expected error {error:.2f} grey levels, PSNR {psnr_of(error):.2f} dB"
     print(f"{message}, {time.monotonic() - started:.1f} s", flush=True)

@@ -2,17 +2,14 @@ import hashlib
 import itertools
 import mmap
 import os
-import re
-import sys
 
 import load_data
 import stl10_input
 import util
-from load_data import Batches, DataError, add_noise, read_picture
+from load_data import Batches, DataError, add_noise
 from stl10_input import IMAGE_BYTES
 
 import imageio.v3 as iio
-import keras
 import numpy as np
 import pytest
 from conftest import (
@@ -29,7 +26,6 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 
 ON_NUMPY = {"KERAS_BACKEND": "numpy"}  # which starts fast
 
@@ -145,20 +141,6 @@ def test_stl10_file_cut_amid_an_image(stl10):
     assert line.startswith(f"{stl10}/stl10_binary/test_X.bin: 55,301 bytes is not a whole number of images")
 
 
-def test_cache_of_another_version_is_left_alone(tmp_path):
-    (tmp_path / "mine").mkdir()
-    iio.imwrite(tmp_path / "mine/a.png", random_images(40, 120, 3))
-    arguments = str(tmp_path / "mine"), tmp_path / "data", 16
-    expected = np.array(load_data.load_data(*arguments).images["train"])
-    others = []
-    for path in (tmp_path / "data/cache").iterdir():
-        others.append(path.with_name(path.name.replace(f"_v{load_data.PATCHES_VERSION}", "_v999")))
-        path.unlink()
-        others[-1].write_bytes(b"of a later version")
-    np.testing.assert_array_equal(load_data.load_data(*arguments).images["train"], expected)
-    assert {path.read_bytes() for path in others} == {b"of a later version"}
-
-
 def as_archive(path):
     with path.open("wb") as file:
         np.savez(file, random_images(3, 8, 8, 3))
@@ -232,7 +214,7 @@ def test_what_is_shown_has_texture_and_is_of_many_pictures(folder_of_flat_pictur
 
 def test_patches_of_different_splits_come_from_different_columns():
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (60, 200, 3))
-    images, _ = load_data._patches_in_memory([columns], [0], 10)
+    images, _ = load_data._split_and_cut([columns], [0], 10, 0)
     seen = {split: set(np.unique(patches)) for split, patches in images.items()}
     for one, other in itertools.combinations(seen.values(), 2):
         assert not one & other
@@ -257,7 +239,7 @@ def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
     whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}
     half = load_data.shrunk(blocks, 2)
     halves = {half[r : r + 16, c : c + 16].tobytes() for r in range(0, 33, 4) for c in range(0, 33, 4)}
-    images, labels = load_data._patches_in_memory([blocks] * 10, range(10), 16)
+    images, labels = load_data._split_and_cut([blocks] * 10, range(10), 16, 0)
     seen = {split: {patch.tobytes() for patch in patches} for split, patches in images.items()}
     assert whole < seen["train"] and halves < seen["train"]
     assert len(seen["train"]) == len(whole) + len(halves) + 5 * 5  # of a quarter: 24x24, 2 pixels apart
@@ -271,7 +253,7 @@ def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
 @given(sides, sides, st.integers(12, 20), st.integers(1, 80), st.sampled_from(load_data.PATCH_SPLITS), seeds)
 def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, split, seed):
     picture = random_images(height, width, 3, seed=seed)
-    patches = np.array(load_data._patches_of(picture, size, split, at_most, np.random.default_rng(seed)))
+    patches = np.array(load_data._patches_of(picture, size, 0, split, np.random.default_rng(seed), at_most))
     step = size // 2 if split == "train" else size
     places = len(load_data.corners(picture, size, step))
     assert min(places, at_most) <= len(patches) <= at_most
@@ -297,7 +279,7 @@ def test_a_class_is_split_alike_whatever_lies_beside_it():
 
 def test_patches_of_a_picture_are_limited(monkeypatch):
     monkeypatch.setattr(load_data, "MAX_PATCHES", 300)
-    images, _ = load_data._patches_in_memory(random_images(10, 96, 96, 3), [0] * 10, 16)
+    images, _ = load_data._split_and_cut(random_images(10, 96, 96, 3), [0] * 10, 16, 0)
     assert len(images["train"]) == 8 * 30
     assert len({patch.tobytes() for patch in images["train"]}) == 8 * 30
 
@@ -312,7 +294,7 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_folder_is_split_by_picture_and_cached(folder, tmp_path, capsys):
+def test_folder_is_split_by_picture(folder, tmp_path):
     data = load_data.load_data(str(folder), tmp_path / "data", size=32)
     assert data.name == "pictures"
     assert data.class_names == ("cats", "dogs")
@@ -325,18 +307,6 @@ def test_folder_is_split_by_picture_and_cached(folder, tmp_path, capsys):
     held_out = zip(data.images["test"], data.labels["test"], strict=True)
     (known,) = [(patch.tobytes(), label) for patch, label in held_out if patch.tobytes() in corners]
     assert corners[known[0]] == data.class_names[known[1]]
-    assert "Cutting" in capsys.readouterr().out
-    load_data.load_data(str(folder), tmp_path / "data", size=32)
-    assert "Cutting" not in capsys.readouterr().out
-    other = tmp_path / "data/cache/other_size32_v4_train.npy"
-    other.touch()
-    cached = {path.name for path in other.parent.iterdir()}
-    iio.imwrite(folder / "dogs" / "new.png", random_images(64, 80, 3, seed=99))
-    load_data.load_data(str(folder), tmp_path / "data", size=32)
-    assert "Cutting" in capsys.readouterr().out
-    new = {path.name for path in other.parent.iterdir()}
-    assert len(new) == len(cached)
-    assert new & cached == {other.name}
 
 
 def test_pictures_beside_subfolders_are_a_class_and_hidden_ones_none(folder, tmp_path):
@@ -347,6 +317,19 @@ def test_pictures_beside_subfolders_are_a_class_and_hidden_ones_none(folder, tmp
     data = load_data.load_data(str(folder), tmp_path / "data", size=32)
     assert data.class_names == ("cats", "dogs", "pictures")
     assert len(load_data.image_files(folder)) == 13
+
+
+def test_links_are_followed_once(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    iio.imwrite(tmp_path / "elsewhere/a.png", random_images(64, 80, 3))
+    (folder / "birds").symlink_to(tmp_path / "elsewhere")
+    (folder / "dogs/round").symlink_to(folder)
+    (folder / "beside.png").symlink_to(tmp_path / "elsewhere/a.png")
+    files = load_data.image_files(folder)
+    assert files == sorted(files) and len(files) == 14
+    classes = load_data.classes_of(files, folder)
+    assert classes[folder / "birds/a.png"] == "birds"
+    assert set(classes.values()) == {"birds", "cats", "dogs", "pictures"}
 
 
 def test_unreadable_picture_in_a_folder_is_named_and_left_out(folder, tmp_path, capsys):
@@ -368,31 +351,6 @@ def test_folder_without_use_is_told(tmp_path):
         load_data.load_data(str(tmp_path / "empty"), tmp_path / "data")
 
 
-def test_pictures_of_any_kind_are_read_as_rgb(tmp_path):
-    rgb = random_images(6, 4, 3)
-    grey = np.repeat(rgb[..., :1], 3, axis=2)
-    alpha = np.dstack([rgb, rgb[..., 0]])
-    cmyk = Image.fromarray(rgb).convert("CMYK")
-    cases = {
-        "cmyk.tif": (cmyk, np.asarray(cmyk.convert("RGB"))),
-        "rgb.png": (Image.fromarray(rgb), rgb),
-        "alpha.png": (Image.fromarray(alpha), rgb),
-        "grey.png": (Image.fromarray(grey[..., 0]), grey),
-        "grey16.png": (Image.fromarray(grey[..., 0].astype(np.uint16) * 257), grey),
-        "bilevel.png": (Image.fromarray(grey[..., 0] > 127), (grey > 127) * np.uint8(255)),
-        "palette.png": (Image.fromarray(grey).quantize(256), grey),
-    }
-    for name, (image, expected) in cases.items():
-        image.save(tmp_path / name)
-        np.testing.assert_array_equal(read_picture(tmp_path / name), expected, err_msg=name)
-
-
-def test_picture_of_floating_point_is_refused(tmp_path):
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(OSError, match="floating point"):
-        read_picture(tmp_path / "float.tif")
-
-
 def test_folder_names_its_data_set_but_never_as_a_built_in_one():
     names = {"cifar10": "cifar10", "/a/my holiday.2020/": "my_holiday_2020", "/my/photos": "photos_folder"}
     for dataset, name in names.items():
@@ -409,6 +367,12 @@ def test_pca_keeps_the_asked_share_of_energy():
     kept = 1 - ((pixels - restored) ** 2).sum() / ((pixels - pixels.mean(0)) ** 2).sum()
     assert pca.n_components_ <= 2
     assert kept >= 0.9
+
+
+def test_pca_of_one_image_or_of_equal_ones_is_told():
+    for images in (random_images(1, 4, 4, 3), np.zeros((5, 4, 4, 3), np.uint8)):
+        with pytest.raises(DataError, match="one picture alone"):
+            load_data.fit_pca(images)
 
 
 def test_batches_cover_an_epoch_once_and_mirror_some():
@@ -428,20 +392,6 @@ def test_batches_cover_an_epoch_once_and_mirror_some():
     assert 0 < mirrored < 9
 
 
-def test_batches_prepared_ahead_for_a_gpu_are_the_same(monkeypatch):
-    images, noise = random_images(40, 12, 12, 3), {"white": 0.5, "camera": 0.5}
-    alone = Batches(images, 4, seed=1, noise=noise)
-    monkeypatch.setattr(load_data, "gpus", lambda: ["some"])
-    ahead = Batches(images, 4, seed=1, noise=noise)
-    assert ahead._pool
-    assert not alone._pool
-    for epoch, indices in enumerate(([0, 0, 1, 2], [*range(10)], [3, 1])):  # stopped, whole, in any order
-        alone.go_to(epoch)
-        ahead.go_to(epoch)
-        for index in indices:
-            keras.tree.map_structure(np.testing.assert_array_equal, ahead[index], alone[index])
-
-
 def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
     random_images(40 * IMAGE_BYTES).tofile(tmp_path / "unlabeled_X.bin")
     images = load_data.stl10_input.read_all_images(tmp_path / "unlabeled_X.bin")
@@ -449,7 +399,7 @@ def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
     assert isinstance(batches._mapped, mmap.mmap)
     chosen = np.sort(batches.order[:20])
     for image, index in zip(np.round(batches[0][1] * 255), chosen, strict=True):
-        assert (image == images[index]).all() or (image == images[index][:, ::-1]).all()
+        assert np.sort(image, axis=None).tolist() == np.sort(images[index], axis=None).tolist()
 
 
 @given(st.integers(1, 50), sides, seeds, st.integers(0, 1000))
@@ -481,184 +431,6 @@ def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypat
     noisy = load_data.to_uint8(add_noise(clean, 15))
     np.testing.assert_array_equal(shown[columns : 2 * columns], noisy)
     assert labels[columns][1] == f"{util.psnr(clean, noisy)[0]:.1f} dB"
-
-
-PIXELS = np.random.default_rng(0).integers(0, 65536, (5, 7, 4), np.uint16)
-
-
-@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
-@pytest.mark.parametrize(
-    ("channels", "suffix"),
-    [(1, ".png"), (2, ".png"), (3, ".png"), (4, ".png"), (1, ".tif"), (3, ".tif"), (4, ".tif"), (3, ".webp")],
-)
-def test_pixels_are_written_and_read_without_loss(tmp_path, channels, suffix, depth):
-    path = tmp_path / f"a picture ä{suffix}"
-    pixels = (PIXELS >> (8 if depth == np.uint8 else 0)).astype(depth)
-    colours, alpha = pixels[..., : 3 if channels > 2 else 1], pixels[..., 3] if channels % 2 == 0 else None
-    if suffix == ".webp":
-        if depth == np.uint16:
-            with pytest.raises(OSError, match=r".webp holds no 16 bits; choose .png"):
-                load_data.write_pixels(path, colours)
-        else:
-            load_data.write_pixels(path, colours)
-            np.testing.assert_array_equal(load_data.read_pixels(path)[0], colours)
-        return
-    load_data.write_pixels(path, colours, alpha)
-    read_colours, read_alpha, _ = load_data.read_pixels(path)
-    assert read_colours.dtype == depth
-    np.testing.assert_array_equal(read_colours, colours)
-    if alpha is None:
-        assert read_alpha is None
-    else:
-        np.testing.assert_array_equal(read_alpha, alpha)
-
-
-def turned_exif(orientation):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    exif[ExifTags.Base.Make] = "a maker"
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2020:01:02 03:04:05"
-    return exif
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", " of 16 bits.png", " of 16 bits.tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_picture_is_turned_upright_once(tmp_path, suffix, orientation):
-    ramp = np.arange(0, 240, 10, np.uint8).reshape(4, 6)  # which JPEG changes little
-    upright = np.asarray(ImageOps.exif_transpose(_with_exif(Image.fromarray(ramp), orientation)))
-    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
-    if suffix == " of 16 bits.png":
-        colours = np.repeat(ramp[..., None].astype(np.uint16) * 257, 3, axis=2)
-        load_data.write_pixels(first, colours, None, {"exif": turned_exif(orientation).tobytes()})
-    else:
-        deep = suffix == " of 16 bits.tif"
-        Image.fromarray(ramp.astype(np.uint16) * 257 if deep else ramp).save(
-            first, exif=turned_exif(orientation), quality=100
-        )
-    load_data.write_pixels(second, *load_data.read_pixels(first))
-    for path in (first, second):
-        pixels = load_data.read_pixels(path)[0]
-        assert pixels.dtype == (np.uint16 if "16" in suffix else np.uint8)
-        found = pixels[..., 0] / (257 if "16" in suffix else 1)
-        np.testing.assert_allclose(found, upright, atol=0 if suffix.endswith(("png", "tif")) else 8)
-    with Image.open(second) as image:
-        assert ExifTags.Base.Orientation not in image.getexif()
-
-
-def _with_exif(image, orientation):
-    image.getexif()[ExifTags.Base.Orientation] = orientation
-    return image
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", " of 16 bits.png"])
-def test_exif_and_colour_profile_are_kept(tmp_path, suffix):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    metadata = {"icc_profile": profile, "exif": turned_exif(6).tobytes()}
-    pixels = random_images(8, 8, 3).astype(np.uint16 if "16" in suffix else np.uint8)
-    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
-    load_data.write_pixels(first, pixels, None, metadata)
-    load_data.write_pixels(second, *load_data.read_pixels(first))
-    with Image.open(second) as image:
-        image.load()
-        assert image.info["icc_profile"] == profile
-        exif = image.getexif()
-        assert exif[ExifTags.Base.Make] == "a maker"
-        date = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
-        assert date == "2020:01:02 03:04:05"
-
-
-def test_damaged_and_overlong_exif_are_left_out(tmp_path):
-    image = Image.fromarray(random_images(8, 8, 3))
-    for suffix in (".png", ".jpg", ".webp"):
-        image.save(tmp_path / f"damaged{suffix}", exif=b"Exif\0\0no TIFF")
-        assert "exif" not in load_data.read_pixels(tmp_path / f"damaged{suffix}")[2]
-    long = turned_exif(1)
-    long[ExifTags.Base.Make] = "a maker" * 10_000
-    image.save(tmp_path / "long.png", exif=long)
-    for suffix in (".jpg", ".jfif"):
-        load_data.write_pixels(tmp_path / f"b{suffix}", *load_data.read_pixels(tmp_path / "long.png"))
-        with Image.open(tmp_path / f"b{suffix}") as written:
-            assert ExifTags.Base.Make not in written.getexif()
-
-
-def test_jpeg_is_of_one_quality_whatever_its_ending_and_keeps_colours(tmp_path):
-    pixels = random_images(40, 40, 3)  # whose colours change from pixel to pixel
-    written = []
-    for suffix in (".jpg", ".jpeg", ".jfif", ".jpe"):
-        load_data.write_pixels(tmp_path / f"a{suffix}", pixels)
-        written.append((tmp_path / f"a{suffix}").read_bytes())
-    assert len(set(written)) == 1
-    assert abs(iio.imread(written[0], extension=".jpg").astype(int) - pixels).mean() < 5
-
-
-def test_png_of_16_bit_colours_asks_for_tensorflow_where_it_is_not(tmp_path, monkeypatch):
-    path, pixels = tmp_path / "a.png", random_images(4, 6, 3, dtype=np.uint16)
-    load_data.write_pixels(path, pixels)
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    expected = f"{path}: PNG of 16-bit colours is handled by TensorFlow; install tensorflow"
-    for work in (load_data.read_pixels, lambda path: load_data.write_pixels(path, pixels)):
-        with pytest.raises(DataError, match=re.escape(expected)):
-            work(path)
-
-
-def test_pixels_that_a_format_cannot_hold_are_refused(tmp_path):
-    with pytest.raises(OSError, match="JPEG holds no transparency; choose .png"):
-        load_data.write_pixels(tmp_path / "a.jpg", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8))
-    with pytest.raises(OSError, match="a.pcx: no format to write has this ending; choose .png"):
-        load_data.write_pixels(tmp_path / "a.pcx", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8))
-    for name in ("a.xyz", "a"):
-        with pytest.raises(OSError, match=f"{name}: no format to write has this ending; choose .png"):
-            load_data.write_pixels(tmp_path / name, np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(OSError, match="TIFF holds no transparency of grey of 16 bits; choose .png"):
-        load_data.write_pixels(
-            tmp_path / "a.tif", np.zeros((2, 2, 1), np.uint16), np.zeros((2, 2), np.uint16)
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-def colours_of_16_bits_tiff(path, pixels, **more):
-    """Write a TIFF of uint16 pixels (H, W, C) as they are, and more tags by their names."""
-    height, width, channels = pixels.shape
-    tags = {256: width, 257: height, 258: (16,) * channels, 259: 1, 262: 2, 277: channels, 278: height}
-    tags |= {getattr(ExifTags.Base, name).value: value for name, value in more.items()}
-    planes = np.split(pixels, channels, axis=2) if more.get("PlanarConfiguration") == 2 else [pixels]
-    tags[273] = tuple(index * planes[0].nbytes for index in range(len(planes)))  # from the tags' end on
-    tags[279] = (planes[0].nbytes,) * len(planes)
-    head = b"II*\0\x08\0\0\0"
-    directory = TiffImagePlugin.ImageFileDirectory_v2(head)
-    directory.update(tags)
-    content = b"".join(plane.astype("<u2").tobytes() for plane in planes)
-    path.write_bytes(head + directory.tobytes(len(head)) + content)
-
-
-@pytest.mark.parametrize("planar", [1, 2])
-def test_colours_of_16_bits_are_read_of_any_plain_tiff(tmp_path, planar):
-    path = tmp_path / "a.tif"
-    for channels, extra in ((3, ()), (4, 0), (4, 2)):
-        pixels = PIXELS[..., :channels]
-        colours_of_16_bits_tiff(path, pixels, PlanarConfiguration=planar, ExtraSamples=extra)
-        colours, alpha, _ = load_data.read_pixels(path)
-        np.testing.assert_array_equal(colours, pixels[..., :3])
-        assert (alpha is None) == (extra != 2)
-    np.testing.assert_array_equal(alpha, PIXELS[..., 3])
-    colours_of_16_bits_tiff(path, PIXELS, PlanarConfiguration=planar, ExtraSamples=1)
-    with pytest.raises(OSError, match="colours of 16 bits that are not plain RGB"):
-        load_data.read_pixels(path)
-
-
-def test_colours_of_a_tiff_of_16_bits_are_turned_upright(tmp_path):
-    colours_of_16_bits_tiff(tmp_path / "a.tif", PIXELS[..., :3], Orientation=6)
-    np.testing.assert_array_equal(load_data.read_pixels(tmp_path / "a.tif")[0], np.rot90(PIXELS[..., :3], -1))
-
-
-def test_pixels_that_would_be_cut_are_refused(tmp_path):
-    Image.fromarray(np.full((4, 5), 70_000, np.int32)).save(tmp_path / "b.tif")
-    with pytest.raises(OSError, match="pixels of 32 bits"):
-        load_data.read_pixels(tmp_path / "b.tif")
-    frames = [Image.fromarray(random_images(4, 4, 3, seed=seed)) for seed in range(2)]
-    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
-    with pytest.raises(OSError, match="several frames"):
-        load_data.read_pixels(tmp_path / "a.webp")
 
 
 WRONG_USAGE = "--energy=1 --energy=nan --size=0 --size=3 --dataset= --data-dir= unknown"
@@ -703,5 +475,5 @@ def test_names_that_are_no_ascii_in_an_ascii_locale(tmp_path):
     process = start("load_data.py", *arguments, env=environment, cwd="/", errors="replace")
     printed, err = process.communicate()
     assert (process.returncode, without_greeting(err)) == (0, "")
-    assert printed.count("Left out: ") == 3
+    assert printed.count("Left out: ") == 5  # three are damaged, and two names are no Unicode
     assert len(list((tmp_path / "figures").iterdir())) == 1

@@ -1,0 +1,386 @@
+"""Picture files as other programs write them: read right or refused by name, and nothing in them is lost."""
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+
+import load_data
+import simple_autoencoder as simple
+import util
+from load_data import read_picture, read_pixels, write_pixels
+
+import imageio.v3 as iio
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+from conftest import NAME, largest_file, printed_by, random_images, told_line
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
+
+RGB = random_images(24, 32, 3)
+GREY = RGB[..., :1]
+DEEP = random_images(24, 32, 4, dtype=np.uint16)
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><!-- of a program that nobody knows --></x:xmpmeta>'
+TEXT = b"Comment\0\0" + zlib.compress(bytes(2_000_000))
+LARGE_PROFILE = b"icc\0\0" + zlib.compress(PROFILE + np.random.default_rng(0).bytes(2_000_000))
+WIDE = struct.pack(">8I", 31270, 32900, 70800, 29200, 17000, 79700, 13100, 4600)
+NEGATIVE, LAB = {262: 0}, {262: 8}  # photometric interpretations of TIFF
+
+
+def png(path, pixels, *chunks, bits=8, colours=2, sides=None):
+    """Write a PNG of rows of bytes or of uint16, and chunks after its header."""
+    height, width = sides or pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    crcs = [struct.pack(">I", zlib.crc32(kind + content)) for kind, content in parts]
+    lengths = [struct.pack(">I", len(content)) for _, content in parts]
+    file = [
+        length + kind + content + crc
+        for length, (kind, content), crc in zip(lengths, parts, crcs, strict=True)
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(file))
+
+
+def tiff(path, pixels, tags=()):
+    """Write an uncompressed TIFF of pixels (H, W, C), and more tags by their numbers."""
+    height, width, channels = pixels.shape
+    kind, bits = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind], 8 * pixels.itemsize
+    plain = {256: width, 257: height, 258: (bits,) * channels, 259: 1, 262: 2 if channels > 2 else 1}
+    plain |= {273: 0, 277: channels, 278: height, 279: pixels.nbytes, 339: (kind,) * channels}
+    directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\x08\0\0\0")
+    directory.update(plain | dict(tags))
+    path.write_bytes(b"II*\0\x08\0\0\0" + directory.tobytes(8) + pixels.tobytes())
+
+
+def tiff_of_two(path, subfile_type):
+    """Write a TIFF of a picture and of another, by default at half its size, as NewSubfileType says."""
+    content = b"II*\0\x08\0\0\0"
+    for pixels, kind, last in ((RGB, 0, False), (RGB[::2, ::2], subfile_type, True)):
+        height, width, _ = pixels.shape
+        start = len(content) + 2 + 12 * 10 + 4
+        tags = [(254, kind), (256, width), (257, height), (258, start), (259, 1), (262, 2), (273, start + 8)]
+        tags += [(277, 3), (278, height), (279, pixels.size)]
+        types = {tag: (3, 3) if tag == 258 else (4, 1) for tag, _ in tags}
+        entries = [struct.pack("<HHII", tag, *types[tag], value) for tag, value in tags]
+        following = 0 if last else start + 8 + pixels.size
+        content += struct.pack("<H", 10) + b"".join(entries) + struct.pack("<I", following)
+        content += struct.pack("<4H", 8, 8, 8, 0) + pixels.tobytes()
+    path.write_bytes(content)
+
+
+def lzw(path, predictor):
+    spec = oiio.ImageSpec(32, 24, 3, "uint16")
+    spec["compression"], spec["tiff:predictor"] = "lzw", predictor
+    output = oiio.ImageOutput.create("tiff")
+    assert output.open(str(path), spec) and output.write_image(DEEP[..., :3]) and output.close()
+
+
+def palette(scale):
+    """A picture's palette and its colours: red rises, green falls, blue is 50."""
+    ramp = np.arange(256)
+    tags = {262: 3, 320: tuple(scale * np.concatenate([ramp, ramp[::-1], 50 + 0 * ramp]).astype(int))}
+    return tags, np.dstack([GREY[..., 0], 255 - GREY[..., 0], np.full((24, 32), 50)])
+
+
+def transparent(values, key):
+    return np.where(values == key, 0, 65535 if values.dtype == np.uint16 else 255)
+
+
+STRIPES = np.full((24, 8), 0b00011011, np.uint8)  # 2 bits: 0, 1, 2, 3
+BILEVEL = np.packbits(GREY[..., 0] > 127, axis=1)
+READ = {  # how it is written, its pixels, its alpha
+    "lzw.tif": (lambda path: lzw(path, 1), DEEP[..., :3], None),
+    "lzw by differences.tif": (lambda path: lzw(path, 2), DEEP[..., :3], None),
+    "palette.tif": (lambda path: tiff(path, GREY, palette(257)[0]), palette(257)[1], None),
+    "alpha.tif": (lambda path: tiff(path, DEEP, {338: 2}), DEEP[..., :3], DEEP[..., 3]),
+    "white is zero.tif": (lambda path: tiff(path, GREY, NEGATIVE), 255 - GREY, None),
+    "white is zero 16.tif": (lambda path: tiff(path, DEEP[..., :1], NEGATIVE), 65535 - DEEP[..., :1], None),
+    "thumbnail.tif": (lambda path: tiff_of_two(path, 1), RGB, None),
+    "key of 2 bits.png": (
+        lambda path: png(path, STRIPES, (b"tRNS", b"\0\2"), bits=2, colours=0, sides=(24, 32)),
+        np.tile(np.array([0, 85, 170, 255]), (24, 8))[..., None],
+        np.tile(np.array([255, 255, 0, 255]), (24, 8)),
+    ),
+    "key of 16 bits.png": (
+        lambda path: png(
+            path, DEEP[..., 0], (b"tRNS", DEEP[0, 0, :1].astype(">u2").tobytes()), bits=16, colours=0
+        ),
+        DEEP[..., :1],
+        transparent(DEEP[..., 0], DEEP[0, 0, 0]),
+    ),
+    "bilevel.png": (
+        lambda path: png(path, BILEVEL, bits=1, colours=0, sides=(24, 32)),
+        (GREY > 127) * 255,
+        None,
+    ),
+    "profile.png": (lambda path: png(path, RGB, (b"iCCP", LARGE_PROFILE)), RGB, None),
+    "text.png": (lambda path: png(path, RGB, (b"zTXt", TEXT), (b"tEXt", b"Author\0I")), RGB, None),
+    "gamma 0.png": (lambda path: png(path, RGB, (b"gAMA", bytes(4))), RGB, None),
+    "gamma.png": (
+        lambda path: png(path, RGB, (b"gAMA", struct.pack(">I", 45455)), (b"cHRM", WIDE)),
+        RGB,
+        None,
+    ),
+    "colours.png": (lambda path: png(path, RGB, (b"cICP", bytes([12, 13, 0, 1]))), RGB, None),
+    "colours 16.png": (
+        lambda path: png(path, DEEP[..., :3], (b"cICP", bytes([9, 16, 0, 1])), bits=16),
+        DEEP[..., :3],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_odd_pictures_are_read_and_written_as_they_are(tmp_path, name):
+    write, colours, alpha = READ[name]
+    write(tmp_path / name)
+    for path in (tmp_path / name, tmp_path / f"again {name}"):
+        pixels, read_alpha, metadata = read_pixels(path if path.exists() else tmp_path / name)
+        np.testing.assert_array_equal(pixels, colours)
+        assert (alpha is None) == (read_alpha is None)
+        if alpha is not None:
+            np.testing.assert_array_equal(read_alpha, alpha)
+        write_pixels(tmp_path / f"again {name}", pixels, read_alpha, metadata)
+    chunks = [metadata.own, read_pixels(tmp_path / name)[2].own]
+    assert chunks[0] == chunks[1]
+    assert bool(chunks[0]) == any(word in name for word in (".tif", "profile", "text", "gamma", "colours"))
+
+
+FIVE = np.dstack([RGB, RGB[..., :2]])
+REFUSED = {
+    "five channels.tif": (lambda path: tiff(path, FIVE, {338: (0, 0)}), "channels R, G, B, channel3"),
+    "no alpha.tif": (lambda path: tiff(path, FIVE[..., :4], {338: 0}), "channels R, G, B, channel3"),
+    "multiplied.tif": (lambda path: tiff(path, DEEP, {338: 1}), "colours multiplied by alpha"),
+    "palette of bytes.tif": (lambda path: tiff(path, GREY, palette(1)[0]), "a palette of 8 bits"),
+    "lab.tif": (lambda path: tiff(path, RGB, LAB), "colours as CIELAB"),
+    "pages.tif": (lambda path: tiff_of_two(path, 0), "several pictures"),
+    "signed.tif": (lambda path: tiff(path, GREY.astype(np.int16)), "pixels of type int16"),
+    "32.tif": (lambda path: tiff(path, GREY.astype(np.int32)), "pixels of type int"),
+    "half.tif": (lambda path: tiff(path, GREY.astype(np.float16)), "pixels of type half"),
+    "float.tif": (lambda path: tiff(path, GREY.astype(np.float32)), "pixels of type float"),
+    "bomb.png": (lambda path: png(path, GREY, sides=(60_000, 60_000)), "exceeds the 1500 MB limit"),
+    "animation.png": (lambda path: png(path, RGB, (b"acTL", struct.pack(">II", 1, 0))), "an animation"),
+    "eps.png": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n"), "not PNG, JPEG, TIFF or WebP"),
+    "empty.jpg": (lambda path: path.touch(), "not PNG, JPEG, TIFF or WebP"),
+    **{
+        f"{kind}.png": (lambda path, kind=kind: Image.fromarray(RGB).save(path, kind), f"but {kind.upper()}")
+        for kind in ("bmp", "gif")
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rare_pictures_are_refused_by_name(tmp_path, name):
+    write, reason = REFUSED[name]
+    write(tmp_path / name)
+    line = told_line(read_pixels, tmp_path / name)
+    assert line.startswith(f"{tmp_path / name}: not a readable image (") and reason in line
+    assert line.endswith("; convert it to plain PNG")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_pictures_that_are_cut_short_are_refused(tmp_path, suffix):
+    write_pixels(tmp_path / f"a{suffix}", random_images(200, 300, 3))
+    os.truncate(tmp_path / f"a{suffix}", 9000)
+    assert "not a readable image" in told_line(read_pixels, tmp_path / f"a{suffix}")
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation], tags[ExifTags.Base.Make] = orientation, "a maker"
+    tags.get_ifd(ExifTags.IFD.Exif).update({ExifTags.Base.MakerNote: b"secret", 33434: 0.01})
+    tags.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    return tags
+
+
+def metadata_of(path):
+    """EXIF, place, XMP, profile and resolution of a picture, as Pillow reads them."""
+    with Image.open(path) as image:
+        tags = image.getexif()
+        kept = {tag: tags.get(tag) for tag in (ExifTags.Base.Make, ExifTags.Base.Orientation)}
+        kept |= tags.get_ifd(ExifTags.IFD.Exif) | {"place": tags.get_ifd(ExifTags.IFD.GPSInfo)}
+        kept |= {"xmp": image.info.get("xmp"), "profile": image.info.get("icc_profile")}
+        return kept | {"dpi": image.info.get("dpi") and round(image.info["dpi"][0])}
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("source", [".png", ".jpg", ".tif", ".webp"])
+def test_metadata_are_kept_also_in_another_format(tmp_path, source, depth):
+    if depth == np.uint16 and source in (".jpg", ".webp"):
+        return
+    common = {"exif": exif(6).tobytes(), "xmp": XMP, "icc_profile": PROFILE, "dpi": (300.0, 300.0)}
+    write_pixels(tmp_path / f"a{source}", RGB.astype(depth), None, load_data.Metadata("", 6, common))
+    expected = metadata_of(tmp_path / f"a{source}")
+    assert (expected["xmp"], expected["profile"], expected["place"]) == (XMP, PROFILE, {1: "N"})
+    assert expected[ExifTags.Base.MakerNote] == b"secret"
+    for suffix in [".png", ".tif"] if depth == np.uint16 else [".png", ".jpg", ".tif", ".webp"]:
+        write_pixels(tmp_path / f"b{suffix}", *read_pixels(tmp_path / f"a{source}"))
+        if ".webp" in (source, suffix):
+            expected["dpi"] = metadata_of(tmp_path / f"b{suffix}")["dpi"]  # WebP has none
+        assert metadata_of(tmp_path / f"b{suffix}") == expected
+
+
+def test_jpeg_keeps_its_segments_and_tiff_its_tags(tmp_path):
+    iptc = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x09\x1c\x02\x78\0\x04text"
+    segment = b"\xff\xed" + struct.pack(">H", 2 + len(iptc)) + iptc
+    Image.fromarray(RGB).save(tmp_path / "a.jpg", comment="mine", extra=segment)
+    tags = {269: "a name", 700: XMP, 33723: iptc[-12:], 37724: b"layers of noise"}
+    tiff(tmp_path / "a.tif", RGB, tags)
+    raw = (tmp_path / "a.tif").read_bytes()  # as Photoshop writes IPTC: of type LONG
+    tag, count = struct.pack("<HHI", 33723, 7, 12), struct.pack("<HHI", 33723, 4, 3)
+    assert tag in raw
+    (tmp_path / "a.tif").write_bytes(raw.replace(tag, count))
+    for suffix, there in ((".jpg", [iptc, b"mine"]), (".tif", [XMP, b"a name", iptc[-12:]])):
+        write_pixels(tmp_path / f"b{suffix}", *read_pixels(tmp_path / f"a{suffix}"))
+        written = (tmp_path / f"b{suffix}").read_bytes()
+        assert all(part in written for part in there)
+    assert b"layers" not in written
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stay_as_they_lie_and_are_read_upright(tmp_path, suffix, orientation):
+    ramp = np.arange(0, 240, 10, np.uint8).reshape(4, 6, 1).repeat(3, axis=2)  # which JPEG changes little
+    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    Image.fromarray(ramp).save(first, exif=exif(orientation), quality=100)
+    with Image.open(first) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+    write_pixels(second, *read_pixels(first))
+    assert read_pixels(second)[0].shape == ramp.shape
+    for path in (first, second):
+        assert abs(read_picture(path) - expected).max() <= (8 if suffix in (".jpg", ".webp") else 0)
+
+
+def test_pictures_of_any_kind_are_read_as_rgb(tmp_path):
+    cmyk = Image.fromarray(RGB).convert("CMYK")
+    cmyk.save(tmp_path / "cmyk.tif", icc_profile=PROFILE)
+    cmyk.save(tmp_path / "cmyk.jpg", icc_profile=PROFILE, quality=100)
+    Image.fromarray(DEEP[..., 0]).save(tmp_path / "deep.png")
+    Image.fromarray(GREY[..., 0]).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "cmyk.tif"), cmyk.convert("RGB"))
+    assert abs(read_picture(tmp_path / "cmyk.jpg").astype(int) - np.asarray(cmyk.convert("RGB"))).mean() < 2
+    expected = np.round(DEEP[..., :1].repeat(3, axis=2) / 65535 * 255)
+    np.testing.assert_array_equal(read_picture(tmp_path / "deep.png"), expected)
+    np.testing.assert_array_equal(read_picture(tmp_path / "grey.png"), GREY.repeat(3, axis=2))
+    assert read_picture(tmp_path / "grey.png", keep_grey=True).shape == GREY.shape
+    for suffix in (".jpg", ".tif"):  # the profile is of CMYK
+        write_pixels(tmp_path / f"b{suffix}", *read_pixels(tmp_path / f"cmyk{suffix}"))
+        assert "icc_profile" not in Image.open(tmp_path / f"b{suffix}").info
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_pixels_are_written_and_read_without_loss(tmp_path, channels, suffix, depth):
+    if suffix == ".webp" and (channels < 3 or depth == np.uint16):
+        return
+    path, pixels = tmp_path / f"a picture ä{suffix}", DEEP[..., :channels].astype(depth)
+    colours, alpha = pixels[..., : 3 if channels > 2 else 1], pixels[..., -1] if channels % 2 == 0 else None
+    if alpha is not None:
+        alpha = np.where(alpha > np.iinfo(depth).max // 2, alpha, 0)  # with colours that nobody sees
+    write_pixels(path, colours, alpha)
+    read_colours, read_alpha, _ = read_pixels(path)
+    assert read_colours.dtype == depth
+    np.testing.assert_array_equal(read_colours, colours)
+    assert (alpha is None) == (read_alpha is None)
+    assert alpha is None or (read_alpha == alpha).all()
+    if channels == 3 and depth == np.uint8:
+        np.testing.assert_array_equal(Image.open(path), colours)  # as others read it
+
+
+def test_jpeg_is_of_one_quality_whatever_its_ending_and_keeps_colours(tmp_path):
+    written = []
+    for suffix in (".jpg", ".jpeg", ".jfif", ".jpe"):
+        write_pixels(tmp_path / f"a{suffix}", RGB)  # whose colours change from pixel to pixel
+        written.append((tmp_path / f"a{suffix}").read_bytes())
+    assert len(set(written)) == 1
+    assert abs(iio.imread(written[0], extension=".jpg").astype(int) - RGB).mean() < 5
+
+
+def test_what_a_format_cannot_hold_is_refused(tmp_path):
+    READ["gamma.png"][0](tmp_path / "colours.png")
+    colours = read_pixels(tmp_path / "colours.png")
+    long = load_data.Metadata(common={"xmp": bytes(70_000)})
+    cases = {
+        "a.jpg": ((RGB, GREY[..., 0]), "JPEG holds no transparency; choose .png"),
+        "b.jpg": ((DEEP[..., :3],), ".jpg holds no 16 bits; choose .png"),
+        "c.jpg": (colours, "JPEG does not hold its colours (cICP, gAMA or cHRM); choose .png"),
+        "d.jpg": ((RGB, None, long), "JPEG cannot hold it (XMP data is too long); choose .png"),
+        "e.webp": ((np.zeros((1, 66_000, 3), np.uint8),), "WEBP cannot hold it ("),
+        "a.pcx": ((RGB,), "no format to write has this ending; choose .png"),
+        "a": ((RGB,), "no format to write has this ending; choose .png"),
+    }
+    for name, (arguments, reason) in cases.items():
+        assert told_line(write_pixels, tmp_path / name, *arguments).startswith(f"{tmp_path / name}: {reason}")
+    assert [path.name for path in tmp_path.iterdir()] == ["colours.png"]
+    srgb = [(b"gAMA", struct.pack(">I", 45455)), (b"cHRM", load_data.SRGB_CHUNKS[b"cHRM"])]
+    png(tmp_path / "srgb.png", RGB, *srgb)
+    write_pixels(tmp_path / "srgb.tif", *read_pixels(tmp_path / "srgb.png"))
+
+
+def test_full_disk_is_named(tmp_path):
+    for suffix in (".png", ".jpg", ".tif", ".webp"):
+        with largest_file(1000):
+            line = told_line(write_pixels, tmp_path / f"a{suffix}", RGB)
+        assert "File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_telephones_are_read_without_a_warning(tmp_path, recwarn):
+    Image.new("1", (14_000, 13_800), 1).save(tmp_path / "a.png")
+    assert read_pixels(tmp_path / "a.png")[0].shape == (13_800, 14_000, 1)
+    assert not recwarn
+
+
+def denoise(trained, *sources, to):
+    """Call the verb `denoise`; what went wrong, line by line."""
+    command = ["denoise", *sources, "--to", to, "--out", trained.out, f"--name={NAME}"]
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            printed_by(simple, *command)
+    except OSError as error:
+        return [*err.getvalue().splitlines(), util.error_line(error)]
+    return []
+
+
+def test_picture_that_fails_for_any_reason_does_not_stop_the_others(trained, tmp_path, monkeypatch):
+    for name in ("a.jpg", "c.webp"):
+        Image.fromarray(np.zeros((1, 66_000), np.uint8)).save(tmp_path / name, "PNG")
+    Image.fromarray(RGB).save(tmp_path / "d.png")
+    Image.fromarray(RGB).save(tmp_path / "e.png")
+    os.mkfifo(tmp_path / "b.png")
+    denoise_picture = util.denoise_picture
+
+    def without_memory(model, pixels, *options, **named):
+        if pixels.shape == RGB.shape and not list((tmp_path / "out").iterdir()):
+            (tmp_path / "out/other").touch()
+            np.empty(2**47)
+        return denoise_picture(model, pixels, *options, **named)
+
+    monkeypatch.setattr(util, "denoise_picture", without_memory)
+    sources = [tmp_path / name for name in ("a.jpg", "b.png", "c.webp", "d.png", "e.png")]
+    *told, _ = denoise(trained, *sources, to=tmp_path / "out")
+    assert told[0].startswith(f"{tmp_path}/out/a.jpg: JPEG cannot hold it (")
+    assert told[1].startswith(f"{tmp_path}/b.png: no such file, or none of the regular kind")
+    assert told[2].startswith(f"{tmp_path}/out/c.webp: WEBP cannot hold it (")
+    assert told[3].startswith(f"{tmp_path}/d.png: Unable to allocate")
+    assert len(told) == 4 and (tmp_path / "out/e.png").exists()
+
+
+def test_picture_that_another_process_has_written_meanwhile_stays(trained, tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    denoise_picture = util.denoise_picture
+
+    def outrun(*arguments, **named):
+        (tmp_path / "out/a.png").write_text("mine")
+        return denoise_picture(*arguments, **named)
+
+    monkeypatch.setattr(util, "denoise_picture", outrun)
+    (told,) = denoise(trained, tmp_path / "a.png", to=tmp_path / "out")
+    assert told.endswith("a.png: is there already; choose another --to, or --force")
+    assert (tmp_path / "out/a.png").read_text() == "mine"
