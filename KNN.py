@@ -1,4 +1,4 @@
-"""Compare nearest neighbours and clusters in pixel, PCA and feature space; trains no network.
+"""Compare nearest neighbours and clusters in pixel, PCA and feature space; needs a trained denoiser.
 
     python KNN.py                              # CIFAR-10, with simple_cifar10 and stacked_cifar10
     python KNN.py --dataset stl10              # with simple_stl10; clusters its 100,000 unlabelled images
@@ -120,10 +120,10 @@ def compressed(images, pca):
 
 
 def spaces(args, data):
-    """The spaces to compare, by label: functions to points (N, d), float32.
+    """The spaces to compare, by label, each a function that turns images into points (N, d), float32.
 
-    They take images (N, H, W, 3), labels, the name of this subset, which begins with its split, and the
-    sigma of its noise.
+    It takes images (N, H, W, 3), labels, the name of this subset, which begins with its split, and the sigma
+    of its noise.
     """
     pca = fit_pca(data.images["train"])
 
@@ -167,7 +167,7 @@ def accuracies(predictions, labels):
 def fit_svm(points, labels, seed):
     """Fit a linear support vector machine by stochastic gradient descent, in little memory.
 
-    To fit and to `predict` standardizes the points (N, d), float32, in place.
+    This and the `predict` of the pipeline that it returns standardize points (N, d), float32, in place.
     """
     scaler = StandardScaler(copy=False)
     for start in range(0, len(points), CHUNK):  # all at once, it would take a copy in float64
@@ -321,15 +321,15 @@ def parse_args(argv=None):
     add_data_options(parser)
     util.add_run_options(parser)
     add = parser.add_argument
-    encoders = "runs whose feature maps are compared (default: simple_DATASET and stacked_DATASET, those that"
-    encoders += " are saved; without any, train one first)"
+    encoders = "saved runs whose feature maps are compared; without any, train one first"
+    encoders += " (default: simple_DATASET and stacked_DATASET, those that are saved)"
     add("--encoders", type=util.run_name, nargs="+", metavar="NAME", help=encoders)
     denoiser = "run that denoises the queries (default: the last encoder)"
     add("--denoiser", type=util.run_name, metavar="NAME", help=denoiser)
     sigma = util.number(float, 1e-3, 255)
     add("--sigmas", type=sigma, nargs="+", default=(25, 50), help="noise of the queries")
-    side, pooling = util.number(int, 0), "grid that feature maps are averaged to; 0: as they are"
-    add("--pooling", type=side, default=POOLED_SIDE, metavar="SIDE", help=pooling)
+    side = {"type": util.number(int, 0), "default": POOLED_SIDE, "metavar": "SIDE"}
+    add("--pooling", **side, help="grid that feature maps are averaged to; 0: as they are")
     add("--clusters", type=util.number(int, 2), default=10, help="centroids of k-means")
     args = parser.parse_args(argv)
     args.name = args.name or f"knn_{dataset_name(args.dataset)}"
