@@ -60,7 +60,6 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 # architecture: 108 million multiply-accumulates for a 32x32 image, 77 million more for the detail code
-CELL = 2  # side in pixels of what a place of the code stands for
 FILTERS = 48
 ENCODER_BLOCKS, DECODER_BLOCKS = 4, 6
 LATENT_DIM = 48
@@ -1023,7 +1022,7 @@ def evaluate_saved(args):
         dataset = args.dataset or record.get("data", {}).get("name", "cifar10")
         trained_size = util.size_of_run(record, dataset_name(dataset))
         data = load_data(dataset, args.data_dir, args.size or trained_size)
-        data = data.in_cells(util.stride(parts[0]))
+        data = data.in_cells(util.STRIDE)
         results, by_sigma = measure_and_print(models, *parts, data, args.images)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
@@ -1059,13 +1058,13 @@ def picture_row(clean, noisy, models, samples, ensemble=False):
         noisy: uint8 or float32 array like it.
         models: As `load_parts` returns them.
         samples: Draws that tell the error to expect.
-        ensemble: As for `util.denoise_picture`.
+        ensemble: Whether to take the mean of `util.self_ensemble`.
 
     Returns:
         Row of the table, and the denoised picture, uint8.
     """
     autoencoder, *posterior = models
-    denoised, errors = util.denoise_picture(autoencoder, noisy, 1, posterior, samples, ensemble=ensemble)
+    denoised, errors = util.denoise_picture(autoencoder, noisy, 1, posterior, samples, 8 if ensemble else 1)
     noisy, denoised = (util.to_uint8(util.to_float(picture)) for picture in (noisy, denoised))
     row = {}
     for measure in (util.psnr, util.ssim):
@@ -1145,7 +1144,7 @@ def denoise_file(source, target, args, models):
     pixels, alpha, metadata = read_pixels(source)
     format_for(target, pixels, alpha, metadata)  # before the work
     denoised, errors = util.denoise_picture(
-        autoencoder, pixels, args.strength, posterior, args.samples, ensemble=args.self_ensemble
+        autoencoder, pixels, args.strength, posterior, args.samples, 8 if args.self_ensemble else 1
     )
     check_free()  # another process may have been faster
     write_pixels(target, denoised, alpha, metadata)
@@ -1391,7 +1390,7 @@ def main(argv=None):
     if args.verb != "train":
         use_saved(args)
         return
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(CELL)
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(util.STRIDE)
     with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, autoencoder, rows = train(args, data)
         write_run(args, {args.name: autoencoder}, encoder, decoder, data, rows)

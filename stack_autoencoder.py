@@ -24,7 +24,6 @@ import keras
 from keras import layers
 
 # architecture of level two: with level one 209 million multiply-accumulates for a 32x32 image
-CELL = 2 * simple.CELL  # side in pixels of what a place of level two's code stands for
 FILTERS = 128
 ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
 LATENT_DIM = 128
@@ -228,7 +227,7 @@ def main(argv=None):
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
     if base == args.name:
         raise util.ModelError(f"{base}: a stack would replace its own base; choose another --name")
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(CELL)
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(util.STRIDE)
     models = {base: util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, models[args.name], rows, record = train(args, data, base)

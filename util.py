@@ -71,7 +71,11 @@ NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made o
 NOT_RECORDED = ("verb", "resume", "out", "data_dir")  # arguments of a call, not of a run
 CHANGEABLE = (*NOT_RECORDED, "learning_rate")  # by --resume, beside numbers of epochs
 DRAWS_SEED = 2  # of draws; (0, 0, 0) would be the stream of 0, the seed of test noise
-TILE, SAMPLING_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
+TILE, DRAWS_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
+# of the denoisers that the scripts build, in pixels; a test measures them
+STRIDE = 4  # of what height and width of images must be multiples
+REACH, DRAWS_REACH = 80, 128  # how far around a cell of STRIDE x STRIDE pixels results and draws look
+LARGEST_PIXEL = 10  # of a picture of floats: strong noise, but not on the 0-255 scale
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -718,66 +722,18 @@ def start_from(model, out, run, part=None):
         ) from None
 
 
-def layer_calls(model, inputs):
-    """(layer, inputs, outputs) of every layer of a functional model, those of nested models included.
-
-    Inputs and outputs are lists. A nested model comes after its own layers, and their outputs stand as its
-    inputs: a walk that passes results on from inputs to outputs gets out of it again.
-    """
-    calls = []
-
-    def call(layer, *args, **kwargs):
-        outputs, before = layer(*args, **kwargs), keras.tree.flatten(args)
-        if isinstance(layer, keras.Model):
-            calls.extend(inner := layer_calls(layer, args[0]))
-            before = [tensor for _, _, after in inner for tensor in after]
-        calls.append((layer, before, keras.tree.flatten(outputs)))
-        return outputs
-
-    # only the walk over the graph is wanted, where every shape is known: the layers are not copied
-    keras.models.clone_model(
-        model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=call
-    )
-    return calls
-
-
-@functools.lru_cache(maxsize=8)  # each walk adds nodes to the model's graph
-def stride(model):
-    """Factor that height and width of a convolutional model's input must be multiples of."""
-    side = 64
-    calls = layer_calls(model, keras.Input((side, side, 3)))
-    return max(side // tensor.shape[1] for _, _, after in calls for tensor in after if len(tensor.shape) == 4)
-
-
-@functools.lru_cache(maxsize=8)
-def receptive_field(model):
-    """How many pixels to either side an output pixel of a convolutional model depends on, at most."""
-    side, reach = 64, {}
-    calls = layer_calls(model, keras.Input((side, side, 3)))
-    for layer, before, after in calls:
-        window = getattr(layer, "kernel_size", None) or getattr(layer, "pool_size", None)
-        radius = 0
-        if window:
-            size, pixels = window[0], side // max(before[0].shape[1], after[0].shape[1])
-            # an odd kernel looks to both sides alike, an even one to one side
-            radius = (size // 2 if size % 2 else size - 1) * pixels
-        farthest = radius + max((reach.get(id(tensor), 0) for tensor in before), default=0)
-        reach |= {id(tensor): farthest for tensor in after}
-    return max(reach.values())
-
-
 def at_once(images, count=BATCH, side=BATCH_SIDE):
     """How many images (N, H, W, 3) to compute at a time: `count` of up to this side, of larger ones fewer."""
     return max(1, min(count, count * side**2 // math.prod(images.shape[1:3])))
 
 
-def whole_cells(images, step):
-    """Images (N, H, W, C), mirrored at the bottom and the right up to multiples of `step` pixels.
+def whole_cells(images):
+    """Images (N, H, W, C), mirrored at the bottom and the right up to multiples of STRIDE.
 
     To repeat the last row and column instead would make streaks of their noise.
     """
     height, width = images.shape[1:3]
-    return np.pad(images, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)), mode="symmetric")
+    return np.pad(images, ((0, 0), (0, -height % STRIDE), (0, -width % STRIDE), (0, 0)), mode="symmetric")
 
 
 def denoise(model, noisy):
@@ -791,58 +747,78 @@ def denoise(model, noisy):
         uint8 array (N, H, W, 3): the output clipped and rounded, as the protocol measures it.
     """
     height, width = noisy.shape[1:3]
-    padded = whole_cells(noisy, stride(model))
+    padded = whole_cells(noisy)
     denoised = model.predict(padded, batch_size=at_once(padded), verbose=0)[:, :height, :width]
     return to_uint8(denoised)
 
 
-def tile_spans(length, tile, reach, step):
-    """Cut one side of a picture into tiles, each computed from a window with its surroundings.
+def tiles(height, width, tile, reach):
+    """Cut a picture into tiles, each computed from a window with its surroundings.
 
-    Windows are all of one length, since every further shape of input costs TensorFlow time and memory.
+    Windows are all of one size, since every further shape of input costs TensorFlow time and memory.
 
     Args:
-        length: Of the side, in pixels.
-        tile: Longest tile that has surroundings on both sides; the first and the last may be `reach` longer.
-        reach: Pixels that a window reaches beyond such a tile to either side, a multiple of `step`.
-        step: What the length of windows and their starts are multiples of.
+        height, width: Of the picture, in pixels.
+        tile: Longest side of a tile that has surroundings on both sides; at the edges of the picture a tile
+            may be `reach` longer.
+        reach: Pixels that a window extends beyond its tile, a multiple of STRIDE.
 
-    Returns:
-        List of (window, tile), slices; the last window may end up to `step` - 1 pixels beyond the side.
+    Yields:
+        Pairs of slices, of rows and columns: the window in the picture, its tile in the window, and the tile
+        in the picture. The last windows may end up to STRIDE - 1 pixels beyond the picture.
     """
+    for rows, columns in itertools.product(_spans(height, tile, reach), _spans(width, tile, reach)):
+        yield tuple(zip(rows, columns, strict=True))
+
+
+def _spans(length, tile, reach):
+    """What `tiles` are along one side of the picture."""
     count = max(1, math.ceil((length - 2 * reach) / tile))
-    side = math.ceil((length + 2 * reach * (count - 1)) / count / step) * step
-    last = math.ceil((length - side) / step) * step
-    starts = [min(index * (side - 2 * reach), last) for index in range(count)]
+    size = math.ceil((length + 2 * reach * (count - 1)) / count / STRIDE) * STRIDE
+    last = math.ceil((length - size) / STRIDE) * STRIDE
+    starts = [min(index * (size - 2 * reach), last) for index in range(count)]
     bounds = [0, *(start + reach for start in starts[1:]), length]
-    return [
-        (slice(start, start + side), slice(*ends))
-        for start, ends in zip(starts, itertools.pairwise(bounds), strict=True)
-    ]
+    for start, (first, end) in zip(starts, itertools.pairwise(bounds), strict=True):
+        yield slice(start, start + size), slice(first - start, end - start), slice(first, end)
 
 
-def self_ensemble(model, images):
-    """Mean of what a model makes of images in their eight positions, each turned back.
+def self_ensemble(model, images, positions=8):
+    """Mean of what a model makes of images in several positions, each turned back.
 
     Timofte, Rothe, Van Gool, "Seven Ways to Improve Example-Based Single Image Super Resolution", CVPR 2016.
 
     Args:
         model: Saved `autoencoder`.
-        images: float32 array (N, H, W, 3), H and W multiples of its stride.
+        images: float32 array (N, H, W, 3), H and W multiples of STRIDE.
+        positions: 1, as they are; 2, and mirrored left to right; 4, and both mirrored top to bottom; 8, and
+            all of these transposed.
 
     Returns:
         float32 array (N, H, W, 3), nominally in [0, 1].
     """
     total = np.zeros_like(images)
-    for transposed, *mirrored in itertools.product((False, True), repeat=3):
-        axes = [axis for axis, chosen in zip((1, 2), mirrored, strict=True) if chosen]
-        turned = np.flip(images, axes)
-        output = model.predict_on_batch(turned.swapaxes(1, 2) if transposed else turned)
-        total += np.flip(output.swapaxes(1, 2) if transposed else output, axes)
-    return total / 8
+    for transposed, mirrored in list(itertools.product((False, True), ((), 2, 1, (1, 2))))[:positions]:
+        turned = np.flip(images, mirrored)
+        output = np.asarray(model.predict_on_batch(turned.swapaxes(1, 2) if transposed else turned))
+        total += np.flip(output.swapaxes(1, 2) if transposed else output, mirrored)
+    return total / positions
 
 
-def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=8, tile=None, ensemble=False):
+def check_picture(picture):
+    """Raise a ValueError if an array cannot be denoised as a picture."""
+    types = ("uint8", "uint16", "float16", "float32", "float64")
+    has_shape = picture.ndim == 3 and picture.shape[2] in (1, 3) and picture.size > 0
+    if not has_shape or picture.dtype.name not in types:
+        found = f"an array of shape {picture.shape}, {picture.dtype}"
+    elif picture.dtype.kind == "f" and not np.abs(picture).max() < LARGEST_PIXEL:  # NaN compares as False
+        found = f"values from {picture.min():g} to {picture.max():g}"
+    else:
+        return
+    expected = "(H, W, 3) or (H, W, 1), uint8, uint16 or finite floats, nominally 0 to 1"
+    raise ValueError(f"picture: expected is {expected}, not {found}")
+
+
+def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=8, ensemble=1):
     """Denoise a picture of any size as it is, without adding noise.
 
     The picture is cut into tiles, so that memory is bounded. A tile is computed with as much of its
@@ -851,66 +827,48 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
 
     Args:
         autoencoder: Saved model.
-        picture: uint8 or uint16 array, or float32 nominally in [0, 1]; (H, W, 3), or (H, W, 1) of a grey one.
+        picture: uint8 or uint16 array, or floats nominally in [0, 1]; (H, W, 3), or (H, W, 1) of a grey one.
         strength: From 0, the picture itself, to 1, all of the model's result.
-        posterior: Saved encoder and decoder of the same run, to tell the error to expect.
+        posterior: Saved encoder and decoder of the same run, if the error to expect is wanted.
         samples: Draws of the code that tell it.
-        tile: Longest side of a tile, as for `tile_spans`; by default TILE, with draws SAMPLING_TILE.
-        ensemble: Whether the result is that of `self_ensemble`, in eight times the time.
+        ensemble: In how many positions the picture is denoised, 1, 2, 4 or 8, as for `self_ensemble`.
 
     Returns:
         Array like `picture`; and the error to expect at each pixel, float16 (H, W) in grey levels of 0-255:
         the root of the mean square of what draws differ from the result. None without `posterior`. With
-        `ensemble` it is some percent too large, since the draws are of one position.
+        several positions it is some percent too large, since the draws are of one.
 
     Raises:
-        ValueError: `picture` is of another shape or type.
+        ValueError: `picture` is no such array.
     """
-    types = ("uint8", "uint16", "float32")
-    if picture.ndim != 3 or picture.shape[2] not in (1, 3) or picture.dtype.name not in types:
-        wanted = "(H, W, 3) or (H, W, 1), uint8, uint16 or float32"
-        raise ValueError(f"picture: {wanted}, not {picture.shape}, {picture.dtype}")
-    is_integer = np.issubdtype(picture.dtype, np.integer)
+    check_picture(picture)
+    is_integer, channels = picture.dtype.kind == "u", picture.shape[2]
     peak = np.float32(np.iinfo(picture.dtype).max if is_integer else 1)
     result = np.empty_like(picture)
     errors = np.empty(picture.shape[:2], np.float16) if posterior else None
-    encoder, decoder = posterior or (None, None)
-    farthest = receptive_field(_drawing_model(encoder, decoder) if posterior else autoencoder)
-    step = stride(autoencoder)
-    reach = math.ceil(farthest / step) * step
-    tile = tile or (SAMPLING_TILE if posterior else TILE)
-    spans = list(itertools.product(*(tile_spans(side, tile, reach, step) for side in picture.shape[:2])))
-    advance = progress(len(spans), "tiles") if len(spans) > 1 else lambda: None
-    for (window_rows, rows), (window_columns, columns) in spans:
-        top, left = window_rows.start, window_columns.start
-        window = whole_cells(picture[window_rows, window_columns][None], step)
-        window = np.repeat(window / peak, 3 // picture.shape[2], axis=3)
-        inside = [
-            slice(span.start - start, span.stop - start) for span, start in ((rows, top), (columns, left))
-        ]
-        before = picture[rows, columns] / peak
-        output = self_ensemble(autoencoder, window) if ensemble else autoencoder.predict_on_batch(window)
-        denoised = _visible(output, inside, picture.shape[2])
+    tile, reach = (DRAWS_TILE, DRAWS_REACH) if posterior else (TILE, REACH)
+    cut = list(tiles(*picture.shape[:2], tile, reach))
+    advance = progress(len(cut), "tiles")
+    for window, inside, target in cut:
+        noisy = whole_cells(picture[window][None] / peak).astype(np.float32).repeat(3 // channels, axis=3)
+        before = picture[target] / peak
+        denoised = _visible(self_ensemble(autoencoder, noisy, ensemble), inside, channels)
         after = before + strength * (denoised - before)
-        result[rows, columns] = np.round(peak * after) if is_integer else after
+        result[target] = np.round(peak * after) if is_integer else after
         if posterior:
-            codes = code_pairs(encoder.predict_on_batch(window))
-            drawn = draws(decoder, codes, samples, (DRAWS_SEED, top, left))
-            squares = sum(np.square(_visible(draw, inside, picture.shape[2]) - after) for draw in drawn)
-            errors[rows, columns] = 255 * np.sqrt(squares.mean(axis=2) / samples)
+            encoder, decoder = posterior
+            codes = code_pairs(encoder.predict_on_batch(noisy))
+            seed = DRAWS_SEED, *(span.start for span in window)
+            drawn = draws(decoder, codes, samples, seed)
+            squares = sum(np.square(_visible(draw, inside, channels) - after) for draw in drawn)
+            errors[target] = 255 * np.sqrt(squares.mean(axis=2) / samples)
         advance()
     return result, errors
 
 
-@functools.lru_cache(maxsize=8)
-def _drawing_model(encoder, decoder):
-    """Encoder and decoder joined, to find how far a draw looks."""
-    return keras.Model(encoder.input, decode(decoder, [mean for mean, _ in code_pairs(encoder.outputs)]))
-
-
-def _visible(output, inside, channels):
-    """Part of a model's output (1, h, w, 3) within slices, clipped; one channel: the mean of its three."""
-    part = np.asarray(output)[0][*inside]
+def _visible(images, inside, channels):
+    """The tile, clipped, of what a model returned for its window (1, H, W, 3); of a grey picture the mean."""
+    part = np.asarray(images)[0][inside]
     if not np.isfinite(part).all():
         raise ModelError("the result is not finite; restore the model's weights, or train it again")
     return np.clip(part if channels == 3 else part.mean(axis=2, keepdims=True), 0, 1)
@@ -1500,7 +1458,7 @@ def encode(encoder, images):
     Returns:
         float32 array (N, h, w, c).
     """
-    height, width = (side // stride(encoder) * stride(encoder) for side in images.shape[1:3])
+    height, width = (side // STRIDE * STRIDE for side in images.shape[1:3])
     return level_means(encoder.predict_on_batch(to_float(images[:, :height, :width])))[-1]
 
 

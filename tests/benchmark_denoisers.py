@@ -84,7 +84,7 @@ def one_by_one(denoise):
 
 def ensemble_of(model):
     """The self-ensemble of a saved autoencoder as a denoiser of single images."""
-    return lambda image, sigma: util.denoise_picture(model, image, ensemble=True)[0]
+    return lambda image, sigma: util.denoise_picture(model, image, ensemble=8)[0]
 
 
 class Timed:

@@ -63,11 +63,11 @@ def test_variance_of_both_detail_codes_depends_on_wide_surroundings():
     _, *posterior = stacked_models()
     noisy = np.repeat(np.random.default_rng(0).random((1, 16, 256, 3), np.float32), 2, axis=0)
     noisy[1, 8, 128] += 1
-    averaged, reach = 4 * (stack.SURROUNDINGS // 2), util.receptive_field(util._drawing_model(*posterior))
+    averaged = 4 * (stack.SURROUNDINGS // 2)
     for log_var in posterior[0].predict(noisy, verbose=0)[5::2]:
         columns = np.flatnonzero(np.abs(log_var[1] - log_var[0]).max(axis=(0, 2)) > 1e-7)
         cell = noisy.shape[2] // log_var.shape[2]
-        assert averaged < 128 - cell * columns.min() <= reach
+        assert averaged < 128 - cell * columns.min() <= util.DRAWS_REACH
 
 
 def test_codes_of_both_levels_reach_the_decoder_in_their_order():
@@ -82,14 +82,46 @@ def test_codes_of_both_levels_reach_the_decoder_in_their_order():
     for index in range(4):
         changed = [mean + (place == index) for place, mean in enumerate(means)]
         assert np.abs(decoder.predict(changed, verbose=0) - whole).max() > 1e-3
-    assert util.stride(autoencoder) == util.stride(encoder) == 4
+
+
+def of_full_size():
+    """Autoencoder, encoder and decoder of a stack as the scripts build it."""
+    z = stack.stack_encoder(simple.build_encoder()), stack.stack_decoder(simple.build_decoder())
+    detail_encoder = stack.stack_detail_encoder(simple.build_detail_encoder(), stack.LATENT_DIM)
+    detail_decoder = stack.stack_detail_decoder(simple.build_detail_decoder())
+    joined = simple.join_encoders(z[0], detail_encoder), simple.join_decoders(z[1], detail_decoder)
+    return simple.build_autoencoder(*z), *joined
+
+
+@pytest.mark.parametrize("run", [None, "stacked_photographs"])
+def test_stride_and_reach_are_those_of_the_models(run):
+    parts = ("autoencoder", "encoder", "decoder")
+    models = [util.load_model(util.HERE, run, part) for part in parts] if run else of_full_size()
+    with pytest.raises(ValueError, match="shape"):
+        models[0].compute_output_shape((1, 3 * util.STRIDE // 2, 3 * util.STRIDE // 2, 3))
+    pixels = np.zeros((util.STRIDE, util.STRIDE, 400, 3), np.float32)
+    for index, image in enumerate(pixels):
+        image[0, 200 + index] = 1
+    for model in models:  # without biases and with positive kernels, what a pixel reaches is not zero
+        shapes = [weight.shape for weight in model.weights]
+        scales = [1 / (shape[0] * shape[2]) if len(shape) == 4 else 0 for shape in shapes]
+        model.set_weights([np.full(*pair) for pair in zip(shapes, scales, strict=True)])
+    autoencoder, encoder, decoder = models
+    outputs = autoencoder.predict(pixels, verbose=0)
+    assert outputs.shape == pixels.shape
+    z = [mean + log_var for mean, log_var in util.code_pairs(encoder.predict(pixels, verbose=0))]
+    for images, reach in ((outputs, util.REACH), (decoder.predict(z, verbose=0), util.DRAWS_REACH)):
+        reached = np.flatnonzero(images.any(axis=(0, 1, 3)))
+        assert (reached.min(), reached.max()) == (200 - reach, 199 + util.STRIDE + reach)
 
 
 def test_picture_is_sampled_alike_however_it_is_cut(monkeypatch):
     monkeypatch.setattr(util, "draws", fixed_draws)
     autoencoder, *posterior = stacked_models()
-    picture = random_images(9, 257, 3)
-    results = [util.denoise_picture(autoencoder, picture, 1, posterior, 3, tile) for tile in (16, 512)]
+    picture, results = random_images(9, 300, 3), []
+    for tile in (16, 512):
+        monkeypatch.setattr(util, "DRAWS_TILE", tile)
+        results.append(util.denoise_picture(autoencoder, picture, 1, posterior, 3))
     np.testing.assert_allclose(*(result.astype(int) for result, _ in results), atol=1)
     np.testing.assert_allclose(*(errors for _, errors in results), rtol=0.01)
     assert results[0][1].mean() > 1

@@ -50,19 +50,29 @@ seeds = st.integers(0, 2**32 - 1)
 images = arrays(np.uint8, array_shapes(min_dims=3, max_dims=3, max_side=12).map(lambda shape: (2, *shape)))
 
 
-def small_model(seed=0, stride=2, convolutions=1):
+def small_model(seed=0, convolutions=1):
+    """Autoencoder of cells of 4x4 pixels, each of which depends on its neighbours alone."""
     keras.utils.set_random_seed(seed)
     image = x = keras.Input((None, None, 3))
-    for _ in range(stride // 2):
+    for _ in range(2):
         x = keras.layers.Conv2D(4, 2, strides=2, activation="relu")(x)
     for _ in range(convolutions):
         x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(x)
-    for _ in range(stride // 2):
+    for _ in range(2):
         x = keras.layers.Conv2DTranspose(3, 2, strides=2)(x)
     return keras.Model(image, x)
 
 
-MODELS = {stride: small_model(stride=stride) for stride in (2, 4)}
+MODEL = small_model()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Make tiles small, with surroundings as wide as `small_model` and `models_with_codes` need."""
+    for name in ("REACH", "DRAWS_REACH"):
+        monkeypatch.setattr(util, name, 4)
+    for name in ("TILE", "DRAWS_TILE"):
+        monkeypatch.setattr(util, name, 8)
 
 
 def models_with_codes(levels):
@@ -117,20 +127,19 @@ def test_rounding_stays_in_range_and_is_stable(values):
     np.testing.assert_array_equal(util.to_uint8(rounded / 255), rounded)
 
 
-def padded_by_hand(pictures, stride):
-    """Pictures (N, H, W, C), mirrored at the last row and column up to whole cells."""
+def padded_by_hand(pictures):
+    """Pictures (N, H, W, C), mirrored at the last row and column up to multiples of 4."""
     rows, columns = (
-        ([*range(side), *reversed(range(side))] * stride)[: -(-side // stride) * stride]
-        for side in pictures.shape[1:3]
+        ([*range(side), *reversed(range(side))] * 4)[: -(-side // 4) * 4] for side in pictures.shape[1:3]
     )
     return pictures[:, rows][:, :, columns]
 
 
-@given(st.sampled_from([2, 4]), sides, sides, seeds)
-def test_images_of_any_shape_are_padded_as_by_hand(stride, height, width, seed):
+@given(sides, sides, seeds)
+def test_images_of_any_shape_are_padded_as_by_hand(height, width, seed):
     noisy = random_images(2, height, width, 3, seed=seed).astype(np.float32) / 255
-    whole = MODELS[stride].predict(padded_by_hand(noisy, stride), verbose=0)[:, :height, :width]
-    denoised = util.denoise(MODELS[stride], noisy)
+    whole = MODEL.predict(padded_by_hand(noisy), verbose=0)[:, :height, :width]
+    denoised = util.denoise(MODEL, noisy)
     assert (denoised.shape, denoised.dtype) == (noisy.shape, np.uint8)
     np.testing.assert_allclose(denoised, util.to_uint8(whole), atol=1)
 
@@ -140,43 +149,18 @@ def test_large_images_are_computed_in_the_memory_of_small_ones():
     assert [util.at_once(np.empty((1, side, side, 3), np.uint8)) for side in sides] == [250, 250, 62, 1]
 
 
-def test_stride_counts_nested_models():
-    image = keras.Input((None, None, 3))
-    outer = keras.Model(image, MODELS[2](keras.layers.Conv2D(3, 2, strides=2)(image)))
-    assert [util.stride(model) for model in (MODELS[2], MODELS[4], outer)] == [2, 4, 4]
-
-
-def test_pictures_do_not_grow_the_model():
-    model = small_model()
-    nodes = []
-    for _ in range(3):
-        util.denoise_picture(model, random_images(6, 6, 3))
-        nodes.append(sum(len(layer._inbound_nodes) for layer in model.layers))
-    assert nodes[0] == nodes[2]
-
-
-def test_receptive_field_bounds_what_a_pixel_changes():
-    model = small_model(convolutions=3)
-    noise = np.random.default_rng(0).normal(0, 0.2, (1, 60, 60, 3)).astype(np.float32)
-    pictures = np.concatenate([noise, noise])
-    pictures[1, 31, 30] += 1
-    before, after = model.predict(pictures, verbose=0)
-    changed = np.flatnonzero(np.abs(after - before).max(axis=(1, 2)) > 1e-7)
-    reach = max(31 - changed.min(), changed.max() - 31)
-    assert reach <= util.receptive_field(model) <= reach + 1
-
-
-def test_windows_are_of_one_length_and_reach_beyond_their_tiles():
+def test_windows_are_of_one_size_and_reach_beyond_their_tiles():
     for length in range(1, 300):
-        spans = util.tile_spans(length, 32, 8, 4)
-        assert len({window.stop - window.start for window, _ in spans}) == 1
-        assert len(spans) == max(1, -(-(length - 16) // 32))
+        cut = list(util.tiles(length, 5, 32, 8))
+        assert len({window[0].stop - window[0].start for window, _, _ in cut}) == 1
+        assert len(cut) == max(1, -(-(length - 16) // 32))
         pixels = []
-        for window, tile in spans:
+        for (window, _), (inside, _), (target, _) in cut:
             assert window.start % 4 == window.stop % 4 == 0
-            assert window.start == 0 or window.start + 8 <= tile.start
-            assert length <= window.stop < length + 4 or tile.stop <= window.stop - 8
-            pixels += range(tile.start, tile.stop)
+            assert window.start == 0 or window.start + 8 <= target.start
+            assert length <= window.stop < length + 4 or target.stop <= window.stop - 8
+            assert range(window.start, window.stop)[inside] == range(target.start, target.stop)
+            pixels += range(target.start, target.stop)
         assert pixels == list(range(length))
 
 
@@ -186,59 +170,54 @@ def as_in(picture, images):
     return np.clip(images if picture.shape[2] == 3 else images.mean(axis=2, keepdims=True), 0, 1)
 
 
-@given(
-    st.sampled_from([2, 4]),
-    sides,
-    sides,
-    st.integers(1, 5),
-    st.sampled_from([np.uint8, np.uint16, np.float32]),
-    st.sampled_from([1, 3]),
-    st.sampled_from([0, 0.3, 1]),
-    seeds,
+@pytest.mark.parametrize("shape", [(1, 3), (40, 37), (9, 30)])
+@pytest.mark.parametrize(
+    ("dtype", "channels", "strength"),
+    [("uint8", 3, 1), ("uint16", 1, 0.3), ("float32", 3, 1), ("uint8", 1, 0)],
 )
-def test_picture_of_any_size_is_denoised_as_a_whole(stride, height, width, cells, dtype, channels, s, seed):
-    picture, peak = random_images(height, width, channels, seed=seed, dtype=np.uint16), 65535
-    if dtype != np.uint16:
-        peak = 255 if dtype == np.uint8 else 1
-        picture = (picture / np.float32(65535) * peak).astype(dtype)
-    before = picture / np.float32(peak)
-    window = padded_by_hand(before[None], stride).repeat(3 // channels, axis=3)
-    expected = before + s * (as_in(picture, MODELS[stride].predict_on_batch(window)) - before)
-    for tile in (4 * cells, None):
-        result, error = util.denoise_picture(MODELS[stride], picture, s, tile=tile)
-        assert (result.dtype, result.shape, error) == (dtype, picture.shape, None)
-        np.testing.assert_allclose(result / peak, expected, atol=0.51 / 255 if dtype == np.uint8 else 1e-4)
-    if s == 0:
+def test_picture_of_any_size_is_denoised_as_a_whole(shape, dtype, channels, strength, small_tiles):
+    peak = np.float32({"uint8": 255, "uint16": 65535, "float32": 1}[dtype])
+    picture = (random_images(*shape, channels, dtype=np.uint16) / np.float32(65535) * peak).astype(dtype)
+    before = picture / peak
+    window = padded_by_hand(before[None]).repeat(3 // channels, axis=3)
+    expected = before + strength * (as_in(picture, MODEL.predict_on_batch(window)) - before)
+    result, error = util.denoise_picture(MODEL, picture, strength)
+    assert (result.dtype, result.shape, error) == (dtype, picture.shape, None)
+    np.testing.assert_allclose(result / peak, expected, atol=0.51 / 255 if dtype == "uint8" else 1e-4)
+    if strength == 0:
         np.testing.assert_array_equal(result, picture)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("picture", "found"),
     [
-        ((8, 8), "uint8"),
-        ((8, 8, 4), "uint8"),
-        ((1, 8, 8, 3), "float32"),
-        ((8, 8, 3), float),
-        ((8, 8, 3), int),
+        (np.zeros((8, 8), np.uint8), r"an array of shape \(8, 8\), uint8"),
+        (np.zeros((8, 8, 4), np.uint8), "an array of"),
+        (np.zeros((1, 8, 8, 3), np.float32), "an array of"),
+        (np.zeros((0, 8, 3), np.float32), "an array of"),
+        (np.zeros((8, 8, 3), int), "an array of"),
+        (np.full((8, 8, 3), np.nan), "values from nan to nan"),
+        (np.full((8, 8, 3), np.inf), "values from inf to inf"),
+        (np.linspace(0, 255, 192).reshape(8, 8, 3), "values from 0 to 255"),
     ],
 )
-def test_what_is_no_picture_is_refused(shape, dtype):
-    picture = np.zeros(shape, dtype)
-    with pytest.raises(ValueError, match="uint8, uint16 or float32, not "):
-        util.denoise_picture(MODELS[2], picture)
+def test_what_is_no_picture_is_refused(picture, found):
+    with pytest.raises(ValueError, match=f"uint8, uint16 or finite floats, nominally 0 to 1, not {found}"):
+        util.denoise_picture(MODEL, picture)
 
 
-@pytest.mark.parametrize("tile", [8, None])
-def test_self_ensemble_is_the_mean_over_quarter_turns_of_the_picture_and_its_mirror_image(tile):
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_self_ensemble_is_the_mean_over_positions_of_the_picture(count, small_tiles):
     picture = random_images(20, 28, 3)
     outputs = []
-    for quarters, mirrored in itertools.product(range(4), (1, -1)):
+    # as it is, mirrored at the axis from top to bottom, both turned by 180 degrees, then by 90 and 270
+    for quarters, mirrored in itertools.product((0, 2, 1, 3), (1, -1)):
         turned = np.rot90(picture, quarters)[:, ::mirrored] / np.float32(255)
-        output = np.asarray(MODELS[2](turned[None]))[0]
+        output = np.asarray(MODEL(turned[None]))[0]
         outputs.append(np.rot90(output[:, ::mirrored], -quarters))
     assert np.abs(outputs[0] - outputs[1]).max() > 0.1  # to this model the position makes a difference
-    result, _ = util.denoise_picture(MODELS[2], picture, tile=tile, ensemble=True)
-    np.testing.assert_allclose(result, 255 * np.clip(np.mean(outputs, axis=0), 0, 1), atol=0.51)
+    result, _ = util.denoise_picture(MODEL, picture, ensemble=count)
+    np.testing.assert_allclose(result, 255 * np.clip(np.mean(outputs[:count], axis=0), 0, 1), atol=0.51)
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -246,7 +225,7 @@ def test_self_ensemble_is_the_mean_over_quarter_turns_of_the_picture_and_its_mir
 def test_expected_error_is_what_draws_of_all_codes_differ_from_the_result(levels, channels, monkeypatch):
     autoencoder, encoder, decoder = models_with_codes(levels)
     picture = random_images(33, 57, channels)
-    window = padded_by_hand(picture[None] / np.float32(255), 2**levels).repeat(3 // channels, axis=3)
+    window = padded_by_hand(picture[None] / np.float32(255)).repeat(3 // channels, axis=3)
     result = picture / 255 + 0.5 * (as_in(picture, autoencoder(window)) - picture / 255)
     outputs, rng = encoder.predict(window, verbose=0), np.random.default_rng((2, 0, 0))
     squares = []
@@ -258,15 +237,18 @@ def test_expected_error_is_what_draws_of_all_codes_differ_from_the_result(levels
         decoded = decoder(codes)
         squares.append(np.square(as_in(picture, decoded) - result).mean(axis=2))
 
-    def denoised(tile):
-        found, error = util.denoise_picture(autoencoder, picture, 0.5, (encoder, decoder), 3, tile)
+    def denoised():
+        found, error = util.denoise_picture(autoencoder, picture, 0.5, (encoder, decoder), 3)
         np.testing.assert_allclose(found, 255 * result, atol=0.51)
         assert (error.dtype, error.shape) == (np.float16, (33, 57))
         return error
 
-    np.testing.assert_allclose(denoised(512), 255 * np.sqrt(np.mean(squares, axis=0)), rtol=2e-3)
+    np.testing.assert_allclose(denoised(), 255 * np.sqrt(np.mean(squares, axis=0)), rtol=2e-3)
     monkeypatch.setattr(util, "draws", fixed_draws)
-    np.testing.assert_allclose(denoised(16), denoised(512), rtol=2e-3)
+    whole = denoised()
+    monkeypatch.setattr(util, "DRAWS_REACH", 4)
+    monkeypatch.setattr(util, "DRAWS_TILE", 16)
+    np.testing.assert_allclose(denoised(), whole, rtol=2e-3)
 
 
 def test_saved_json_fits_older_keras_and_names_no_policy(tmp_path):
