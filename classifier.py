@@ -257,7 +257,7 @@ def train(args, data):
 
 def predict(model, images):
     """The most probable class of each image, int64 (N,)."""
-    count = util.at_once(images, CHUNK)
+    count = util.batch_size_for(images, CHUNK)
     starts = range(0, len(images), count)
     chunks = [model.predict_on_batch(util.to_float(images[start : start + count])) for start in starts]
     return np.concatenate(chunks).argmax(axis=1)

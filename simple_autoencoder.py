@@ -704,7 +704,7 @@ def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES)
         `expected` PSNR of the posterior mean, from what draws differ from it; and `samples`, their number.
     """
     rng = np.random.default_rng(TEST_NOISE_SEED)
-    parts, count = [], util.at_once(clean, POSTERIOR_AT_ONCE, 48)
+    parts, count = [], util.batch_size_for(clean, POSTERIOR_AT_ONCE, 48)
     for start in range(0, len(clean), count):
         images = clean[start : start + count]
         noisy = add_noise(images, sigma, rng)

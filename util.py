@@ -722,12 +722,12 @@ def start_from(model, out, run, part=None):
         ) from None
 
 
-def at_once(images, count=BATCH, side=BATCH_SIDE):
+def batch_size_for(images, count=BATCH, side=BATCH_SIDE):
     """How many images (N, H, W, 3) to compute at a time: `count` of up to this side, of larger ones fewer."""
     return max(1, min(count, count * side**2 // math.prod(images.shape[1:3])))
 
 
-def whole_cells(images):
+def pad_to_stride(images):
     """Images (N, H, W, C), mirrored at the bottom and the right up to multiples of STRIDE.
 
     To repeat the last row and column instead would make streaks of their noise.
@@ -747,8 +747,8 @@ def denoise(model, noisy):
         uint8 array (N, H, W, 3): the output clipped and rounded, as the protocol measures it.
     """
     height, width = noisy.shape[1:3]
-    padded = whole_cells(noisy)
-    denoised = model.predict(padded, batch_size=at_once(padded), verbose=0)[:, :height, :width]
+    padded = pad_to_stride(noisy)
+    denoised = model.predict(padded, batch_size=batch_size_for(padded), verbose=0)[:, :height, :width]
     return to_uint8(denoised)
 
 
@@ -850,7 +850,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
     cut = list(tiles(*picture.shape[:2], tile, reach))
     advance = progress(len(cut), "tiles")
     for window, inside, target in cut:
-        noisy = whole_cells(picture[window][None] / peak).astype(np.float32).repeat(3 // channels, axis=3)
+        noisy = pad_to_stride(picture[window][None] / peak).astype(np.float32).repeat(3 // channels, axis=3)
         before = picture[target] / peak
         denoised = _visible(self_ensemble(autoencoder, noisy, ensemble), inside, channels)
         after = before + strength * (denoised - before)
@@ -1209,12 +1209,12 @@ def _on_all_devices(model, batches, validation):
     def share(array):
         return np.split(array[: len(array) // used * used], count)[rank]
 
-    fed = {"x": batches, "validation_data": validation, "validation_batch_size": at_once(images)}
+    fed = {"x": batches, "validation_data": validation, "validation_batch_size": batch_size_for(images)}
     if used == 1:
         yield fed
         return
     fed["x"], fed["validation_data"] = _Share(batches, share), keras.tree.map_structure(share, validation)
-    fed["validation_batch_size"] = max(1, at_once(images) // used) * used // count
+    fed["validation_batch_size"] = max(1, batch_size_for(images) // used) * used // count
     parallel = keras.distribution.DataParallel(devices=devices[:used], auto_shard_dataset=False)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     for variable, value in zip(variables, broadcast([np.asarray(v.value) for v in variables]), strict=True):
@@ -1472,7 +1472,7 @@ def write_feature_maps(path, encode, images, labels, attributes):
         labels: N labels.
         attributes: Dict of what the maps were made from: run, dataset, split, sigma, pooling.
     """
-    count = at_once(images)
+    count = batch_size_for(images)
     memory = io.BytesIO()  # HDF5 crashes the process when it cannot write to a disk
     with h5py.File(memory, "w") as file:
         file.attrs.update(attributes)

@@ -84,7 +84,7 @@ def averaging(tmp_path):
 
 
 def test_feature_maps_are_written_in_parts_and_used_again(averaging, monkeypatch):
-    monkeypatch.setattr(util, "at_once", lambda images: 2)
+    monkeypatch.setattr(util, "batch_size_for", lambda images: 2)
     images = random_images(5, 9, 8, 3)
     arguments = averaging, "small", "test", images, np.arange(5), 2
     maps = KNN.feature_maps(*arguments, sigma=25.0)
