@@ -2,7 +2,6 @@ import argparse
 import contextlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
