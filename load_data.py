@@ -630,44 +630,52 @@ def read_measurable(path):
 
 
 def picture_pairs(folder, noisy_folder):
-    """Pictures and noisy versions of them, by the names of their files.
+    """Paths of pictures and of noisy versions of them.
 
-    Yields:
-        Name, clean and noisy picture, uint8 arrays of one shape.
-
-    Raises:
-        DataError: a picture without a partner, with two, of another size than its partner, or too small.
+    Returns:
+        Dict by the names of their files: path of the clean, path of the noisy picture.
     """
     clean, noisy = pictures_by_name(folder), pictures_by_name(noisy_folder)
     if unmatched := sorted(clean.keys() ^ noisy.keys()):
         place = noisy_folder if unmatched[0] in clean else folder
         message = f"has no picture named {unmatched[0]}, as the other folder does; add or remove it"
         raise DataError(f"{place}: {message}")
-    for name, path in clean.items():
-        pair = read_measurable(path), read_measurable(noisy[name])
-        if pair[0].shape != pair[1].shape:
-            sizes = " and ".join("x".join(map(str, picture.shape)) for picture in pair)
-            raise DataError(f"{noisy[name]}: of another size than its partner ({sizes}); remove one")
-        yield name, *pair
+    return {name: (clean[name], noisy[name]) for name in clean}
 
 
-def pictures_with_noise(folder, kind, sigma):
-    """Pictures and noisy versions of them.
+def read_pair(clean_path, noisy_path):
+    """Read a clean and a noisy picture, uint8 arrays of one shape."""
+    clean, noisy = read_measurable(clean_path), read_measurable(noisy_path)
+    if clean.shape != noisy.shape:
+        sizes = " and ".join("x".join(map(str, picture.shape)) for picture in (clean, noisy))
+        raise DataError(f"{noisy_path}: of another size than its partner ({sizes}); remove one")
+    return clean, noisy
+
+
+def pictures_with_noise(pairs, kind, sigma=None):
+    """Pictures and noisy versions of them: their partners or, with sigma, noise of some kind added.
 
     White noise is that of the protocol's seed in each picture, as FFDNet is measured in `logs/`; a grey
     picture gets one channel of it. Other kinds are drawn by one generator for all pictures, since what they
     choose, as a camera, is to differ.
 
+    Args:
+        pairs: As `picture_pairs` returns them.
+        kind: One of NOISE_KINDS.
+        sigma: Strength of the noise; None leaves the noise that the pictures have.
+
     Yields:
-        Name, clean picture, uint8, and noisy picture, float32.
+        Name, clean picture, uint8, and noisy picture, uint8 or with noise added float32.
     """
     rng = None if kind == "white" else np.random.default_rng(TEST_NOISE_SEED)
-    for name, path in pictures_by_name(folder).items():
-        clean = read_measurable(path)
-        if kind != "white":  # the others need three channels
-            clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
-        noisy = add_noise(clean[None], sigma, rng, kind)[0]
-        yield name, clean_of(clean[None], kind)[0], noisy
+    for name, paths in pairs.items():
+        clean, noisy = read_pair(*paths)
+        if sigma is not None:
+            if kind != "white":  # the others need three channels
+                clean = np.repeat(clean, 3 // clean.shape[2], axis=2)
+            noisy = add_noise(clean[None], sigma, rng, kind)[0]
+            clean = clean_of(clean[None], kind)[0]
+        yield name, clean, noisy
 
 
 def corners(picture, size, step):

@@ -17,6 +17,9 @@ The encoder maps the noisy image to mean and log-variance of two Gaussian codes 
 every 2x2 pixels: z holds what the noise has left, the detail code what it has destroyed. The decoder maps
 them to a clean image. The detail code's mean is zero and stands for the best guess; draws of it are the clean
 images that may have been.
+
+A fault is a `DataError` or `ModelError`, both `OSError`, whose message is one line: the file and the remedy.
+
 Kingma, Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 """
 
@@ -25,7 +28,7 @@ import re
 import sys
 import time
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 
 import util
 from load_data import (
@@ -43,10 +46,12 @@ from load_data import (
     dataset_name,
     evenly,
     format_for,
+    image_files,
     load_data,
     noise_shares,
     picture_pairs,
     pictures_with_noise,
+    read_pair,
     read_pixels,
     upright,
     validation_pair,
@@ -107,7 +112,12 @@ METRICS = {  # in the log of a training
 
 # one's own pictures
 PHOTOGRAPHS_RUN = "stacked_photographs"  # whose model denoises them
+DEVIATIONS = "deviation"  # folder of the errors to expect, beside the pictures
 DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
+EXPECTED_ERRORS_ARE = (
+    "right on the 15 real pairs of CC15 (37.25 dB expected, 37.21 true), but too small on those of PolyU "
+    "(44.3 dB for 38.7), whose references are JPEGs with errors of their own"
+)
 
 
 def residual_blocks(x, filters, count, name, use_bias=True):
@@ -1050,21 +1060,17 @@ def load_parts(args, precision="float32"):
     return [util.load_model(args.out, args.name, part, precision) for part in parts]
 
 
-def picture_row(clean, noisy, models, samples, ensemble=False):
-    """What is measured of one picture.
+def print_model(args):
+    """Say which model denoises and, with --samples, what its expected errors are worth."""
+    print(f"Denoised by {args.name}", flush=True)
+    if args.samples:
+        print(f"Expected errors are {EXPECTED_ERRORS_ARE}.", flush=True)
 
-    Args:
-        clean: uint8 array (H, W, 3), or (H, W, 1).
-        noisy: uint8 or float32 array like it.
-        models: As `load_parts` returns them.
-        samples: Draws that tell the error to expect.
-        ensemble: Whether to take the mean of `util.self_ensemble`.
 
-    Returns:
-        Row of the table, and the denoised picture, uint8.
-    """
+def picture_row(clean, noisy, models, samples=0, ensemble=1):
+    """Denoise a picture of a test set; its row of the table, and the denoised picture, uint8."""
     autoencoder, *posterior = models
-    denoised, errors = util.denoise_picture(autoencoder, noisy, 1, posterior, samples, 8 if ensemble else 1)
+    denoised, errors = util.denoise_picture(autoencoder, noisy, 1, posterior, samples, ensemble)
     noisy, denoised = (util.to_uint8(util.to_float(picture)) for picture in (noisy, denoised))
     row = {}
     for measure in (util.psnr, util.ssim):
@@ -1078,29 +1084,36 @@ def picture_row(clean, noisy, models, samples, ensemble=False):
     return row, denoised
 
 
+def readable_pairs(pairs):
+    """Those of `picture_pairs` that can be measured; the others are named, before the work."""
+    readable = {}
+    for name, paths in pairs.items():
+        try:
+            read_pair(*paths)
+            readable[name] = paths
+        except OSError as error:
+            print(util.error_line(error), file=sys.stderr, flush=True)
+    return readable
+
+
 def evaluate_pictures(args):
     """Measure a saved model on a folder of pictures of any size; print a row for each and their mean."""
-    models = load_parts(args)
     if args.save:
         places = [path.resolve() for path in (args.pictures, args.noisy) if path]
         if any(args.save.resolve().is_relative_to(place) for place in places):
             raise DataError(f"{args.save}: its pictures would be measured, too; choose another --save")
         args.save.mkdir(parents=True, exist_ok=True)
-    if args.noisy:
-        sets = {"as given": partial(picture_pairs, args.pictures, args.noisy)}
-    else:
-        sets = {
-            f"{kind} {sigma}": partial(pictures_with_noise, args.pictures, kind, sigma)
-            for kind in args.noise
-            for sigma in SIGMAS
-        }
-    for _ in picture_pairs(args.pictures, args.noisy or args.pictures):
-        pass  # what is wrong with one is told before the work
-    print(f"Denoised by {args.name}", flush=True)
+    models = load_parts(args)
+    pairs = picture_pairs(args.pictures, args.noisy or args.pictures)
+    readable = readable_pairs(pairs)
+    if not readable:
+        raise DataError(f"{args.pictures}: no picture in it can be measured, for the reasons above")
+    print_model(args)
+    noises = [(kind, sigma) for kind in args.noise for sigma in SIGMAS]
     summary = []
-    for label, pictures in sets.items():
-        rows = []
-        for name, clean, noisy in pictures():
+    for kind, sigma in [("as given", None)] if args.noisy else noises:
+        rows, label = [], f"{kind} {sigma}" if sigma else kind
+        for name, clean, noisy in pictures_with_noise(readable, kind, sigma):
             row, denoised = picture_row(clean, noisy, models, args.samples, args.self_ensemble)
             rows.append({"noise": label, "picture": name} | row)
             if args.save:
@@ -1112,231 +1125,185 @@ def evaluate_pictures(args):
         print(util.format_table([*rows, summary[-1]]), flush=True)
     if len(summary) > 1:
         print(util.format_table(summary))
+    if failed := len(pairs) - len(readable):
+        raise DataError(f"{args.pictures}: {failed} of {len(pairs)} pictures were not measured, see above")
 
 
 def deviation_path(target):
-    """Where the deviation of the draws is written, beside the denoised picture."""
-    return target.with_name(f"{target.stem}_deviation.png")
+    """Where the error to expect at each pixel of a denoised picture is written."""
+    return target.parent / DEVIATIONS / f"{target.stem}.png"
 
 
-def denoise_file(source, target, args, models):
-    """Denoise one image file and tell its size, the error to expect and the time.
-
-    Args:
-        source, target: Paths.
-        args: Arguments of the verb `denoise`.
-        models: As `load_parts` returns them.
-
-    Raises:
-        OSError: it cannot be read, or a file to be written exists, or cannot be written.
-    """
-    autoencoder, *posterior = models
-
-    def check_free():
-        for path in (target, deviation_path(target)) if posterior else (target,):
-            if path.exists() and path.samefile(source):
-                raise DataError(f"{path}: the picture itself, which is never replaced; choose another --to")
-            if path.exists() and not args.force:
-                raise DataError(f"{path}: is there already; choose another --to, or --force")
-
-    check_free()
+def denoise_file(source, target, load, args):
+    """Denoise a picture file by the models that `load` gives for a precision; a line of what came out."""
     started = time.monotonic()
     pixels, alpha, metadata = read_pixels(source)
     format_for(target, pixels, alpha, metadata)  # before the work
+    deep = pixels.dtype == np.uint16  # which bfloat16 would change by up to a grey level
+    autoencoder, *posterior = load("float32" if deep else args.precision)
     denoised, errors = util.denoise_picture(
-        autoencoder, pixels, args.strength, posterior, args.samples, 8 if args.self_ensemble else 1
+        autoencoder, pixels, args.strength, posterior, args.samples, args.self_ensemble
     )
-    check_free()  # another process may have been faster
-    write_pixels(target, denoised, alpha, metadata)
-    message = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}"
+    removed = root_mean_square(pixels - denoised.astype(np.float32)) / (257 if deep else 1)
+    line = f"{target}: {pixels.shape[1]}x{pixels.shape[0]}, noise of {removed:.2f} grey levels removed"
     if posterior:
         brightness = np.minimum(np.round(DEVIATION_SCALE * errors), 255).astype(np.uint8)
         write_pixels(deviation_path(target), upright(brightness[..., None], metadata))
         error = root_mean_square(errors)
-        message += f", expected error {error:.2f} grey levels, PSNR {psnr_of(error):.2f} dB"
-    print(f"{message}, {time.monotonic() - started:.1f} s", flush=True)
+        line += f", expected error {error:.2f} (PSNR {psnr_of(error):.2f} dB)"
+    write_pixels(target, denoised, alpha, metadata)
+    return f"{line}, {time.monotonic() - started:.1f} s"
+
+
+def pictures_in(folder, to):
+    """Pictures of a folder and its subfolders, without what `denoise` has written there."""
+    results = to.resolve()
+    nested = results.is_relative_to(folder.resolve())
+    return [
+        path
+        for path in image_files(folder)
+        if not (nested and path.parent.resolve().is_relative_to(results))
+        and DEVIATIONS not in path.relative_to(folder).parent.parts
+    ]
 
 
 def sources_and_targets(pictures, to, samples=0):
-    """Which files to denoise into which; `to` is a folder, or a file name for a single picture.
-
-    Raises:
-        DataError: nothing to denoise, or two results for one file; with samples, each has a second file.
-    """
-    sources = []
-    for path in pictures:
-        inside = [path]
-        if path.is_dir():
-            visible = sorted(file for file in path.iterdir() if file.name[0] != ".")
-            inside = [file for file in visible if file.is_file() and file.suffix.lower() in SUFFIXES]
-            for file in sorted({*visible} - {*inside}):
-                reason = "a folder in a folder" if file.is_dir() else "not named as PNG, JPEG, TIFF or WebP"
-                print(f"{file}: left out, {reason}", flush=True)
-            if not inside:
-                raise DataError(f"{path}: there are no pictures in it; choose another folder")
-        sources += inside
-    if len(sources) == 1 and sources == pictures and to.suffix and not to.is_dir():
-        return [(sources[0], to)]
-    if to.suffix.lower() in SUFFIXES and not to.is_dir():
+    """Pairs of a picture file and the one to write; `to` is a folder, or a file name for a single picture."""
+    if len(pictures) == 1 and to.suffix and not pictures[0].is_dir() and not to.is_dir():
+        pairs = [(pictures[0], to)]
+    elif to.suffix.lower() in SUFFIXES and not to.is_dir():
         raise DataError(f"{to}: the name of one file, for what may be several; choose a folder")
-    targets = [to / source.name for source in sources]
-    results = Counter(targets + [deviation_path(target) for target in targets if samples])
-    for path, count in results.items():
+    else:
+        pairs = []
+        for path in pictures:
+            if path.is_dir():
+                pairs += [(file, to / file.relative_to(path)) for file in pictures_in(path, to)]
+            else:
+                pairs.append((path, to / path.name))
+    sources = {source.resolve() for source, _ in pairs}
+    results = [target for _, target in pairs]
+    if samples:
+        results += [deviation_path(target) for target in results]
+    for path, count in Counter(results).items():
         if count > 1:
             raise DataError(f"{path}: {count} results would have this name; denoise into several folders")
-    return list(zip(sources, targets, strict=True))
+        if path.resolve() in sources:
+            raise DataError(f"{path}: a picture to denoise, which is never replaced; choose another --to")
+    if not pairs:
+        raise DataError(f"{to}: holds all the pictures, and what it holds are results; choose another --to")
+    return pairs
 
 
 def denoise_pictures(args):
-    """Denoise image files; one of several that fails is named, and the others go on.
-
-    Raises:
-        OSError: the only one has failed.
-        DataError: some have failed.
-        util.ModelError: no such model, or the folder to write to cannot be written to.
-    """
+    """Denoise picture files; one that fails is named, and the others go on."""
     pairs = sources_and_targets(args.pictures, args.to, args.samples)
-    folder = pairs[0][1].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    models = load_parts(args, args.precision)
-    print(f"Denoising by {args.name}", flush=True)
-    failed = 0
+    pairs[0][1].parent.mkdir(parents=True, exist_ok=True)
+    load = cache(partial(load_parts, args))
+    load(args.precision)  # a model that is missing is named before the work
+    print_model(args)
+    written = kept = failed = 0
     for source, target in pairs:
+        if target.exists() and not args.force:
+            kept += 1
+            continue
         try:
-            denoise_file(source, target, args, models)
-        except BrokenPipeError:  # nobody reads what is printed
-            raise
+            line = denoise_file(source, target, load, args)
         except Exception as error:  # the others go on whatever it is, as too little memory
             failure = error if isinstance(error, OSError) else OSError(f"{source}: {util.first_line(error)}")
-            if len(pairs) == 1:
-                raise failure from None
-            failed += 1
             print(util.error_line(failure), file=sys.stderr, flush=True)
+            failed += 1
+        else:
+            print(line, flush=True)
+            written += 1
+    counted = f"{args.to}: {written} written, {kept} there already (--force replaces them), {failed} failed"
     if failed:
-        raise DataError(f"{args.to}: {failed} of {len(pairs)} pictures are missing, for the reasons above")
+        raise DataError(f"{counted}, for the reasons above")
+    print(counted)
 
 
 def add_train_options(parser):
     """Add the options of a training run."""
     add_data_options(parser)
     util.add_training_options(parser, EPOCHS, BATCH_SIZE)
-    parser.add_argument(
-        "--sigma",
-        type=util.number(float, 0, 255),
-        nargs=2,
-        default=SIGMA_RANGE,
-        metavar=("LOW", "HIGH"),
-        help="range of the training noise's standard deviation, on the 0-255 scale",
-    )
-    parser.add_argument(
-        "--detail-epochs", type=util.number(int, 0), default=DETAIL_EPOCHS, help="passes for the detail code"
-    )
-    parser.add_argument(
-        "--filters",
-        type=util.number(int, 12),
-        default=FILTERS,
-        help="channels, 12 at least; of a stack, those of z2's level",
-    )
-    parser.add_argument(
-        "--latent-dim", type=util.number(int, 12), default=LATENT_DIM, help="channels of z; of a stack, of z2"
-    )
-    parser.add_argument(
-        "--kl-weight", type=util.number(float, 0), default=KL_WEIGHT, help="weight of the KL term"
-    )
-    parser.add_argument(
-        "--learning-rate", type=util.number(float, 0), default=LEARNING_RATE, help="highest learning rate"
-    )
-    parser.add_argument(
-        "--noise",
-        choices=(*NOISE_KINDS, "photographs"),
-        nargs="+",
-        default=["white"],
-        metavar="KIND",
-        help="kinds of training noise, of equal shares, or photographs, the mix of the model that ships: "
-        f"{', '.join(NOISE_KINDS)}",
-    )
+    add, number = parser.add_argument, util.number
+    strength, share = number(float, 0, 255), number(float, 0)
+    words = "range of the training noise's standard deviation, on the 0-255 scale"
+    add("--sigma", type=strength, nargs=2, default=SIGMA_RANGE, metavar=("LOW", "HIGH"), help=words)
+    add("--detail-epochs", type=number(int, 0), default=DETAIL_EPOCHS, help="passes for the detail code")
+    add("--filters", type=number(int, 12), default=FILTERS, help="channels; of a stack, those of level two")
+    add("--latent-dim", type=number(int, 12), default=LATENT_DIM, help="channels of z; of a stack, of z2")
+    add("--kl-weight", type=share, default=KL_WEIGHT, help="weight of the KL term")
+    add("--learning-rate", type=share, default=LEARNING_RATE, help="highest learning rate")
+    kinds = (*NOISE_KINDS, "photographs")
+    words = f"kinds of training noise, in equal shares: {', '.join(NOISE_KINDS)}; or photographs, a mix"
+    add("--noise", choices=kinds, nargs="+", default=["white"], metavar="KIND", help=words)
 
 
-def add_ensemble_option(parser):
-    """Add the option for better results in eight times the time."""
-    parser.add_argument(
-        "--self-ensemble",
-        action="store_true",
-        help="mean of the results for the picture mirrored and turned in eight ways, in eight times the time",
-    )
+def add_saved_model_options(parser, default="from the data set"):
+    """Add what `evaluate` and `denoise` share: which saved model, and how it is applied to pictures."""
+    util.add_saved_run_options(parser, default)
+    add = parser.add_argument
+    words = f"print the error to expect, {EXPECTED_ERRORS_ARE}, from K draws of the code, in about ten times "
+    words += f"the time; denoise also writes it for each pixel, as {DEVIATIONS}/NAME.png of brightness "
+    words += f"{DEVIATION_SCALE} for a grey level"
+    add("--samples", type=util.number(int, 0), default=0, metavar="K", help=words)
+    counts = {"type": int, "nargs": "?", "choices": (2, 4, 8), "default": 1, "const": 8, "metavar": "N"}
+    words = "mean of the results for N positions, mirrored and turned: 2, 4, or 8, which is meant without N"
+    add("--self-ensemble", **counts, help=words)
 
 
 def add_evaluate_options(parser):
     """Add the options of the verb `evaluate`."""
     add_data_options(parser, default=None)
-    util.add_saved_run_options(parser)
-    parser.add_argument(
-        "--images", type=util.number(int, 1), default=TEST_IMAGES, help="how many test images to use"
-    )
-    parser.add_argument(
-        "--pictures",
-        type=util.given_path,
-        metavar="CLEAN",
-        help=f"measure {PHOTOGRAPHS_RUN}, or --name, on whole pictures of this folder instead",
-    )
-    parser.add_argument("--noisy", type=util.given_path, help="folder of the same pictures with real noise")
-    parser.add_argument(
-        "--noise",
-        choices=NOISE_KINDS,
-        nargs="+",
-        default=["white"],
-        metavar="KIND",
-        help=f"noise to add to --pictures, of sigma {SIGMAS[0]} to {SIGMAS[-1]}: {', '.join(NOISE_KINDS)}",
-    )
-    parser.add_argument(
-        "--save", type=util.given_path, metavar="FOLDER", help="write noisy and denoised --pictures there"
-    )
-    parser.add_argument(
-        "--samples",
-        type=util.number(int, 0),
-        default=0,
-        metavar="K",
-        help="tell the error to expect of --pictures from K draws of the code, and the share of pixels whose "
-        "error is below 1.645 times that, 0.9 if it is right",
-    )
-    add_ensemble_option(parser)
+    add_saved_model_options(parser)
+    add, path = parser.add_argument, util.given_path
+    add("--images", type=util.number(int, 1), default=TEST_IMAGES, help="how many test images to use")
+    words = f"measure {PHOTOGRAPHS_RUN}, or --name, on whole pictures of this folder instead"
+    add("--pictures", type=path, metavar="CLEAN", help=words)
+    add("--noisy", type=path, help="folder of the same pictures with real noise")
+    words = f"noise to add to --pictures, of sigma {SIGMAS[0]} to {SIGMAS[-1]}: {', '.join(NOISE_KINDS)}"
+    add("--noise", choices=NOISE_KINDS, nargs="+", default=["white"], metavar="KIND", help=words)
+    add("--save", type=path, metavar="FOLDER", help="write noisy and denoised --pictures there")
 
 
 def add_denoise_options(parser):
     """Add the options of the verb `denoise`."""
-    parser.add_argument(
-        "pictures", metavar="IN", type=util.given_path, nargs="+", help="image files, or folders of them"
-    )
-    parser.add_argument(
-        "--to",
-        type=util.given_path,
-        required=True,
-        help="folder to write to, or a file name for a single picture",
-    )
-    util.add_saved_run_options(parser, PHOTOGRAPHS_RUN)
-    parser.add_argument(
-        "--strength",
-        type=util.number(float, 0, 1),
-        default=1.0,
-        help="from 0, the picture itself, to 1, all of the model's result",
-    )
-    parser.add_argument(
-        "--samples",
-        type=util.number(int, 0),
-        default=0,
-        metavar="K",
-        help="tell the error to expect from K draws of the code, and write it for each pixel beside the "
-        f"picture, as NAME_deviation.png of brightness {DEVIATION_SCALE} for a grey level; 0: no draws",
-    )
-    add_ensemble_option(parser)
+    add, path = parser.add_argument, util.given_path
+    add("pictures", metavar="IN", type=path, nargs="+", help="picture files, or folders of them")
+    add("--to", type=path, required=True, help="folder to write to, or a file name for a single picture")
+    add_saved_model_options(parser, PHOTOGRAPHS_RUN)
+    words = "from 0, the picture itself, to 1, all of the model's result"
+    add("--strength", type=util.number(float, 0, 1), default=1.0, help=words)
     util.add_precision_option(parser)
-    parser.add_argument("--force", action="store_true", help="replace pictures that are there already")
+    add("--force", action="store_true", help="replace pictures that are there already")
 
 
 def default_name(args, kind):
     """Name of the run that a verb works on, where none is given."""
     own_pictures = getattr(args, "pictures", None)
     return PHOTOGRAPHS_RUN if own_pictures else f"{kind}_{dataset_name(args.dataset or 'cifar10')}"
+
+
+def check_train(args, parser):
+    """End in a usage error if options of `train` do not go together."""
+    if args.sigma[0] > args.sigma[1]:
+        parser.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
+    if "photographs" in args.noise and len(args.noise) > 1:
+        parser.error("argument --noise: photographs is a mix of kinds; give it alone")
+    if not (args.epochs or args.start):
+        parser.error("argument --epochs: 0 keeps what --start names; add --start, or train for an epoch")
+
+
+def check_evaluate(args, parser):
+    """End in a usage error if options of `evaluate` do not go together."""
+    excluded, reason = ("noisy", "noise", "save", "samples", "self_ensemble"), "of --pictures only"
+    if args.pictures:
+        excluded, reason = ("dataset", "size", "images"), "not with --pictures"
+    for option in excluded:
+        if getattr(args, option) != parser.get_default(option):
+            parser.error(f"argument --{option.replace('_', '-')}: {reason}")
+    if args.noisy and args.noise != parser.get_default("noise"):
+        parser.error("argument --noise: not with --noisy, whose pictures have noise")
 
 
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda parser: None):
@@ -1356,22 +1323,10 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     add_evaluate_options(evaluate_parser)
     add_denoise_options(add_verb("denoise", help="denoise your own pictures"))
     args = util.parse_resumable(parser, train_parser, argv, lambda args: default_name(args, kind))
-    if args.verb == "train" and args.sigma[0] > args.sigma[1]:
-        train_parser.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
-    if args.verb == "train" and "photographs" in args.noise and len(args.noise) > 1:
-        train_parser.error("argument --noise: photographs is a mix of kinds; give it alone")
-    if args.verb == "train" and not (args.epochs or args.start):
-        train_parser.error(
-            "argument --epochs: 0 keeps what --start names; add --start, or train for an epoch"
-        )
-    if args.verb == "evaluate":
-        of_pictures = ("noisy", "noise", "save", "samples", "self_ensemble")
-        for option in ("dataset", "size", "images") if args.pictures else of_pictures:
-            if getattr(args, option) != evaluate_parser.get_default(option):
-                remedy = "not with --pictures" if args.pictures else "of --pictures only; give them, too"
-                evaluate_parser.error(f"argument --{option.replace('_', '-')}: {remedy}")
-        if args.noisy and args.noise != evaluate_parser.get_default("noise"):
-            evaluate_parser.error("argument --noise: not with --noisy, whose pictures have noise")
+    if args.verb == "train":
+        check_train(args, train_parser)
+    elif args.verb == "evaluate":
+        check_evaluate(args, evaluate_parser)
     return args
 
 

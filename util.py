@@ -222,7 +222,7 @@ def saved_folder(text):
     """Path of a folder on the command line, which must be there: a mistyped one is not to be made."""
     path = given_path(text)
     if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+        raise argparse.ArgumentTypeError(f"{text}: no such folder; saved runs are there, pictures go --to")
     return path
 
 

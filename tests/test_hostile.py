@@ -1,6 +1,5 @@
 import argparse
 import contextlib
-import io
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import util
 
 import keras
 import numpy as np
-import pytest
 from conftest import (
     NAME,
     ROOT,
@@ -24,7 +22,6 @@ from conftest import (
     random_images,
     stop_at,
     told_line,
-    usage_error,
 )
 from keras import layers
 from PIL import Image
@@ -62,25 +59,6 @@ def test_names_with_dollars_or_of_no_unicode_are_drawn(tmp_path):
     drawn = KNN.clusters_figure(data, {"a$^$b": np.zeros((100, 2), int)})
     assert len(drawn.axes) == 2 * KNN.SHOWN_CLUSTERS
     util.save_figure(drawn, tmp_path / "clusters.png")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--dataset", ""], "--dataset"),
-        (["--out", ""], "--out"),
-        (["evaluate", "--out", "mistyped"], "--out"),
-        (["denoise", "", "--to", "a"], "IN"),
-        (["denoise", "a.png", "--to", ""], "--to"),
-        (["--name", "n" * 101], "--name"),
-        (["--name", "noisy"], "--name"),  # a column of the tables
-        (["--name", "encoder_mine"], "--name"),  # whose files would be those of the run `mine`
-        (["--epochs", str(10**21)], "--epochs"),
-        (["--filters", str(10**21)], "--filters"),
-    ],
-)
-def test_arguments_that_no_work_can_use(arguments, told):
-    assert f"argument {told}: " in usage_error(simple.parse_args, arguments)
 
 
 def test_run_is_resumed_by_its_own_script_and_arguments(tmp_path):
@@ -152,25 +130,6 @@ def test_results_that_are_not_finite_are_refused():
     assert told_line(util.denoise_picture, model, random_images(24, 30, 3)).startswith(
         "the result is not finite; restore"
     )
-
-
-def test_denoise_ends_without_a_word_when_nobody_reads(trained, tmp_path):
-    class Closed(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-    Image.fromarray(random_images(24, 30, 3)).save(tmp_path / "a.png")
-    command = [
-        "denoise",
-        tmp_path / "a.png",
-        "--to",
-        tmp_path / "out",
-        "--out",
-        trained.out,
-        f"--name={NAME}",
-    ]
-    with pytest.raises(BrokenPipeError):
-        printed_by(simple, *command, output=Closed())
 
 
 def test_backend_that_is_not_there():

@@ -1,21 +1,17 @@
 """Picture files as other programs write them: read right or refused by name, and nothing in them is lost."""
 
-import contextlib
-import io
 import os
 import struct
 import zlib
 
 import load_data
-import simple_autoencoder as simple
-import util
 from load_data import read_picture, read_pixels, write_pixels
 
 import imageio.v3 as iio
 import numpy as np
 import OpenImageIO as oiio
 import pytest
-from conftest import NAME, largest_file, printed_by, random_images, told_line
+from conftest import largest_file, random_images, told_line
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 
 RGB = random_images(24, 32, 3)
@@ -333,54 +329,3 @@ def test_pictures_of_telephones_are_read_without_a_warning(tmp_path, recwarn):
     Image.new("1", (14_000, 13_800), 1).save(tmp_path / "a.png")
     assert read_pixels(tmp_path / "a.png")[0].shape == (13_800, 14_000, 1)
     assert not recwarn
-
-
-def denoise(trained, *sources, to):
-    """Call the verb `denoise`; what went wrong, line by line."""
-    command = ["denoise", *sources, "--to", to, "--out", trained.out, f"--name={NAME}"]
-    err = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(err):
-            printed_by(simple, *command)
-    except OSError as error:
-        return [*err.getvalue().splitlines(), util.error_line(error)]
-    return []
-
-
-def test_picture_that_fails_for_any_reason_does_not_stop_the_others(trained, tmp_path, monkeypatch):
-    for name in ("a.jpg", "c.webp"):
-        Image.fromarray(np.zeros((1, 66_000), np.uint8)).save(tmp_path / name, "PNG")
-    Image.fromarray(RGB).save(tmp_path / "d.png")
-    Image.fromarray(RGB).save(tmp_path / "e.png")
-    os.mkfifo(tmp_path / "b.png")
-    denoise_picture = util.denoise_picture
-
-    def without_memory(model, pixels, *options, **named):
-        if pixels.shape == RGB.shape and not list((tmp_path / "out").iterdir()):
-            (tmp_path / "out/other").touch()
-            np.empty(2**47)
-        return denoise_picture(model, pixels, *options, **named)
-
-    monkeypatch.setattr(util, "denoise_picture", without_memory)
-    sources = [tmp_path / name for name in ("a.jpg", "b.png", "c.webp", "d.png", "e.png")]
-    *told, _ = denoise(trained, *sources, to=tmp_path / "out")
-    assert told[0].startswith(f"{tmp_path}/out/a.jpg: JPEG cannot hold it (")
-    assert told[1].startswith(f"{tmp_path}/b.png: no such file, or none of the regular kind")
-    assert told[2].startswith(f"{tmp_path}/out/c.webp: WEBP cannot hold it (")
-    assert told[3].startswith(f"{tmp_path}/d.png: Unable to allocate")
-    assert len(told) == 4 and (tmp_path / "out/e.png").exists()
-
-
-def test_picture_that_another_process_has_written_meanwhile_stays(trained, tmp_path, monkeypatch):
-    Image.fromarray(RGB).save(tmp_path / "a.png")
-    (tmp_path / "out").mkdir()
-    denoise_picture = util.denoise_picture
-
-    def outrun(*arguments, **named):
-        (tmp_path / "out/a.png").write_text("mine")
-        return denoise_picture(*arguments, **named)
-
-    monkeypatch.setattr(util, "denoise_picture", outrun)
-    (told,) = denoise(trained, tmp_path / "a.png", to=tmp_path / "out")
-    assert told.endswith("a.png: is there already; choose another --to, or --force")
-    assert (tmp_path / "out/a.png").read_text() == "mine"

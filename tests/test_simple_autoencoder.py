@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import simple_autoencoder as simple
 import util
-from load_data import SIGMAS, Batches, Data, add_noise, pictures_with_noise
+from load_data import SIGMAS, Batches, Data, add_noise, picture_pairs, pictures_with_noise
 from stl10_input import read_all_images
 
 import h5py
@@ -790,83 +791,6 @@ def test_encoder_and_decoder_of_different_runs(trained_copy):
     assert files_of(trained_copy) == before
 
 
-WRONG_USAGE = (
-    "--sigma -1 5, --sigma 50 5, --sigma a b, --sigma nan 5, --epochs 0, --epochs -1, --limit 0, --name a/b, "
-    "--name=, --name .., --filters 11, --seed -1, --kl-weight -1, --learning-rate nan, --size 3, --dataset=, "
-    "--precision float16, --detail-epochs -1, --unknown, evaluate --images 0, denoise a --to b --samples -1"
-)
-
-
-@pytest.mark.parametrize("arguments", WRONG_USAGE.split(", "))
-def test_wrong_usage_is_told(arguments):
-    assert "error: " in usage_error(simple.parse_args, arguments.split())
-
-
-def test_train_is_meant_when_no_verb_is_given():
-    assert "invalid choice: 'denose'" in usage_error(simple.parse_args, ["denose", "a.png"])
-    assert simple.parse_args([]).verb == "train"
-    assert simple.parse_args(["--epochs", "3"]).epochs == 3
-    assert simple.parse_args(["evaluate"]).name == "simple_cifar10"
-    assert simple.parse_args(["--dataset", "/some/holiday"]).name == "simple_holiday"
-
-
-def denoise(trained, source, target, *options):
-    """Denoise with the short training's model; returns what was printed."""
-    options = ["--name", NAME, "--precision=float32", "--out", trained.out, *options]
-    return printed_by(simple, "denoise", source, "--to", target, *options)
-
-
-def test_denoise_writes_what_it_can_and_names_the_rest(trained, tmp_path, capsys):
-    source, target = tmp_path / "in folder", tmp_path / "out ä"
-    source.mkdir()
-    pictures = {"a ö.png": (9, 14, 3), "b.jpg": (30, 20, 3), "grey.png": (5, 6)}
-    for name, shape in pictures.items():
-        iio.imwrite(source / name, random_images(*shape))
-    (source / "text.png").write_text("no image")
-    raw = (source / "b.jpg").read_bytes()
-    (source / "cut.jpg").write_bytes(raw[: len(raw) // 2])
-    line = told_line(denoise, trained, source, target)
-    assert line == f"{target}: 2 of 5 pictures are missing, for the reasons above"
-    named = sorted(line.split(" (")[0] for line in capsys.readouterr().err.splitlines())
-    assert named == [f"{source / name}: not a readable image" for name in ("cut.jpg", "text.png")]
-    assert sorted(path.name for path in target.iterdir()) == list(pictures)
-    model = util.load_model(trained.out, NAME, "autoencoder")
-    for name in ("a ö.png", "grey.png"):
-        pixels = iio.imread(source / name).reshape(*pictures[name][:2], -1)
-        expected = util.denoise_picture(model, pixels)[0].reshape(pictures[name])
-        np.testing.assert_array_equal(iio.imread(target / name), expected)
-    before = (target / "b.jpg").read_bytes()
-    (target / "b.jpg").write_bytes(b"mine")
-    line = told_line(denoise, trained, source / "b.jpg", target)
-    assert line == f"{target / 'b.jpg'}: is there already; choose another --to, or --force"
-    printed = denoise(trained, source / "b.jpg", target, "--force")
-    assert re.fullmatch(rf"Denoising by {NAME}\n{target / 'b.jpg'}: 20x30, \d\.\d s\n", printed)
-    assert (target / "b.jpg").read_bytes() == before
-
-
-def test_self_ensemble_denoises_and_is_measured(trained, test_set, tmp_path):
-    clean, out = test_set
-    model = util.load_model(out, NAME, "autoencoder")
-    picture = iio.imread(clean / "a.png")
-    denoise(trained, clean / "a.png", tmp_path / "denoised.png", "--self-ensemble")
-    expected, _ = util.denoise_picture(model, picture, ensemble=8)
-    np.testing.assert_array_equal(iio.imread(tmp_path / "denoised.png"), expected)
-    assert (expected != util.denoise_picture(model, picture)[0]).any()
-    arguments = ["evaluate", "--pictures", clean, "--noisy", clean, "--self-ensemble"]
-    printed = printed_by(simple, *arguments, "--name", NAME, "--out", out)
-    row = next(line for line in printed.splitlines() if "| a |" in " ".join(line.split()))
-    assert float(row.split("|")[4]) == pytest.approx(util.psnr(picture[None], expected[None])[0], abs=0.006)
-
-
-def test_denoise_never_overwrites_its_input(trained, tmp_path):
-    path = tmp_path / "a.png"
-    iio.imwrite(path, random_images(8, 8, 3))
-    before = path.read_bytes()
-    line = told_line(denoise, trained, path, tmp_path, "--force")
-    assert line == f"{path}: the picture itself, which is never replaced; choose another --to"
-    assert path.read_bytes() == before
-
-
 def test_gifs_do_without_what_a_kill_has_left(tmp_path):
     clean = random_images(2, 8, 8, 3)
     for name in ("0000.npy", "0001.npy", ".ab_12x.npy"):
@@ -886,86 +810,6 @@ def test_resumed_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = simple.parse_args(["--dataset=mine", "--resume", f"--out={tmp_path}"])
     assert args.dataset == str(tmp_path / "mine")
-
-
-def test_expected_error_is_told_and_written_beside_the_picture(trained, tmp_path):
-    source, first, second = tmp_path / "a ä.jpg", tmp_path / "first", tmp_path / "second"
-    iio.imwrite(source, random_images(9, 14, 3))
-    printed = [denoise(trained, source, target, "--samples=3") for target in (first, second)][0]
-    told = re.search(r"a ä.jpg: 14x9, expected error (\d+\.\d\d) grey levels, PSNR (\d+\.\d\d) dB, ", printed)
-    parts = [util.load_model(trained.out, NAME, part) for part in ("autoencoder", "encoder", "decoder")]
-    _, errors = util.denoise_picture(parts[0], iio.imread(source), posterior=parts[1:], samples=3)
-    brightness = np.minimum(np.round(simple.DEVIATION_SCALE * errors), 255)
-    written = first / "a ä_deviation.png"
-    assert sorted(path.name for path in first.iterdir()) == ["a ä.jpg", written.name]
-    np.testing.assert_array_equal(iio.imread(written), brightness)
-    error = np.sqrt(np.square(errors.astype(float)).mean())
-    assert float(told[1]) == pytest.approx(error, abs=0.006)
-    assert float(told[2]) == pytest.approx(20 * np.log10(255 / error), abs=0.006)
-    for name in ("a ä.jpg", "a ä_deviation.png"):  # the same command draws the same
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-    (first / "a ä.jpg").unlink()
-    written.write_bytes(b"mine")
-    line = told_line(denoise, trained, source, first, "--samples=3")
-    assert line == f"{written}: is there already; choose another --to, or --force"
-    assert list(first.iterdir()) == [written]
-    assert written.read_bytes() == b"mine"
-    denoise(trained, source, first, "--samples=3", "--force")
-    assert written.read_bytes() == (second / "a ä_deviation.png").read_bytes()
-
-
-def test_deviation_never_overwrites_a_picture_that_was_given(trained, tmp_path):
-    given = tmp_path / "a_deviation.png"
-    iio.imwrite(given, random_images(8, 8, 3))
-    before = given.read_bytes()
-    told_line(denoise, trained, given, tmp_path / "a.png", "--samples=2", "--force")
-    assert given.read_bytes() == before
-    pictures = [tmp_path / "in/a.png", given]
-    simple.sources_and_targets(pictures, tmp_path)
-    with pytest.raises(OSError, match="a_deviation.png: 2 results would have this name"):
-        simple.sources_and_targets(pictures, tmp_path, samples=2)
-
-
-def test_model_of_photographs_denoises_where_none_is_named(tmp_path):
-    for kind in ("simple", "stacked"):
-        assert simple.parse_args(["denoise", "a.png", "--to", "b"], kind).name == "stacked_photographs"
-        assert simple.parse_args(["evaluate", "--pictures", "a"], kind).name == "stacked_photographs"
-    assert simple.parse_args(["denoise", "a.png", "--to", "b", "--name=mine"]).name == "mine"
-
-
-def test_target_that_cannot_be_written_is_told_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    line = told_line(printed_by, simple, "denoise", "a.png", "--to", tmp_path / "file", "--out", tmp_path)
-    assert re.search("file: cannot be written to .*; choose another --to", line)
-
-
-def test_format_that_cannot_hold_a_picture_is_told_before_the_work(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(util, "denoise_picture", None)
-    iio.imwrite(tmp_path / "a.png", random_images(8, 8, 3))
-    target = tmp_path / "results.v2"
-    line = told_line(denoise, trained, tmp_path / "a.png", target)
-    assert line == f"{target}: no format to write has this ending; choose .png, or a folder that is there"
-
-
-def test_denoise_of_nothing_and_of_two_of_one_name(tmp_path, capsys):
-    with pytest.raises(OSError, match="there are no pictures in it"):
-        simple.sources_and_targets([tmp_path], tmp_path / "out")
-    for name in ("a.PNG", "notes.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "nested").mkdir()
-    found = simple.sources_and_targets([tmp_path], tmp_path / "out")
-    assert found == [(tmp_path / "a.PNG", tmp_path / "out/a.PNG")]
-    assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path / 'nested'}: left out, a folder in a folder",
-        f"{tmp_path / 'notes.txt'}: left out, not named as PNG, JPEG, TIFF or WebP",
-    ]
-    pictures = [tmp_path / folder / "a.png" for folder in ("first", "second")]
-    with pytest.raises(OSError, match="2 results would have this name"):
-        simple.sources_and_targets(pictures, tmp_path / "out")
-    assert simple.sources_and_targets(pictures[:1], tmp_path / "b.jpg") == [(pictures[0], tmp_path / "b.jpg")]
-    assert simple.sources_and_targets(pictures[:1], tmp_path) == [(pictures[0], tmp_path / "a.png")]
-    with pytest.raises(OSError, match="b.jpg: the name of one file, for what may be several"):
-        simple.sources_and_targets(pictures, tmp_path / "b.jpg")
 
 
 def test_crps_of_a_gaussian_against_its_integral():
@@ -1019,84 +863,293 @@ def test_training_makes_draws_as_wide_as_the_error():
     assert rows[-1]["spread/skill"] == pytest.approx(1, abs=0.3)
 
 
+WRONG_USAGE = [
+    ("--sigma -1 5", "-1 is not from 0"),
+    ("--sigma 50 5", "--sigma: LOW 50.0 is above HIGH 5.0"),
+    ("--sigma a b", "--sigma: invalid float value"),
+    ("--sigma nan 5", "nan is not from 0"),
+    ("--noise grey photographs", "--noise: photographs is a mix"),
+    ("--epochs 0", "--epochs: 0 keeps what --start names"),
+    ("--epochs -1", "--epochs"),
+    ("--epochs 1000000000000000000000", "--epochs"),
+    ("--limit 0", "--limit"),
+    ("--name a/b", "--name"),
+    ("--name=", "--name"),
+    ("--name noisy", "--name"),  # a column of the tables
+    ("--name encoder_mine", "--name"),  # whose files would be those of the run `mine`
+    ("--filters 11", "--filters"),
+    ("--learning-rate nan", "--learning-rate"),
+    ("--size 3", "--size"),
+    ("--dataset=", "--dataset"),
+    ("--out=", "--out"),
+    ("--precision float16", "--precision"),
+    ("--unknown", "--unknown"),
+    ("denose a.png", "invalid choice: 'denose'"),
+    ("evaluate --images 0", "--images"),
+    ("evaluate --noise pink", "invalid choice: 'pink'"),
+    ("evaluate --noisy x", "--noisy: of --pictures only"),
+    ("evaluate --noise camera", "--noise: of --pictures only"),
+    ("evaluate --self-ensemble", "--self-ensemble: of --pictures only"),
+    ("evaluate --pictures x --images 5", "--images: not with --pictures"),
+    ("evaluate --pictures x --dataset photos", "--dataset: not with --pictures"),
+    ("evaluate --pictures x --noisy y --noise grey", "--noise: not with --noisy"),
+    ("evaluate --out mistyped", "--out: mistyped: no such folder"),
+    ("denoise a --to=", "--to"),
+    ("denoise a --to b --samples -1", "-1 is not from 0"),
+    ("denoise a --to b --self-ensemble 3", "--self-ensemble: invalid choice: 3"),
+    ("denoise a --out mistyped", "--to"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_USAGE)
+def test_wrong_usage(arguments, message):
+    line = usage_error(simple.parse_args, arguments.split())
+    assert "error: " in line and message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "verb", "name"),
+    [
+        ("", "simple", "train", "simple_cifar10"),
+        ("--dataset /some/holiday", "stacked", "train", "stacked_holiday"),
+        ("evaluate", "stacked", "evaluate", "stacked_cifar10"),
+        ("evaluate --pictures a", "simple", "evaluate", "stacked_photographs"),
+        ("denoise a.png --to b", "simple", "denoise", "stacked_photographs"),
+        ("denoise a.png --to b --name mine", "stacked", "denoise", "mine"),
+    ],
+)
+def test_verb_and_name_by_default(arguments, kind, verb, name):
+    args = simple.parse_args(arguments.split(), kind)
+    assert (args.verb, args.name) == (verb, name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Output folder of a small model, never trained."""
+    out = tmp_path_factory.mktemp("saved")
+    save_run(out)
+    return out
+
+
+def saved_parts(out):
+    return [util.load_model(out, "small", part) for part in ("autoencoder", "encoder", "decoder")]
+
+
+def denoise(out, *arguments):
+    """Call the verb `denoise` with the small model; returns what was printed, line by line."""
+    shared = ("--name=small", "--precision=float32", "--out", out)
+    return printed_by(simple, "denoise", *arguments, *shared).splitlines()
+
+
 @pytest.fixture
-def test_set(trained_copy, tmp_path):
-    """Folder of a colour, a grey and a nested picture of different sizes, and the output folder of a run."""
+def holiday(tmp_path):
+    """Folder of pictures as people have them: three sound ones, one of them in a subfolder; the rest odd."""
+    folder, elsewhere = tmp_path / "in folder ä", tmp_path / "elsewhere"
+    for name, shape in (("a ö.jpg", (30, 20, 3)), ("sub/grey.png", (9, 14)), ("sub/deviation/b.png", (8, 8))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(folder / name, random_images(*shape))
+    elsewhere.mkdir()
+    iio.imwrite(elsewhere / "c.tif", random_images(12, 11, 3))
+    (folder / "link").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.jpg").write_bytes((folder / "a ö.jpg").read_bytes()[:300])
+    return folder
+
+
+def test_folder_is_denoised_with_its_subfolders_and_links(saved, holiday, tmp_path, capsys):
+    target = holiday / "results"  # which are no pictures to denoise, when the command comes again
+    for counted in ("3 written, 0 there", "0 written, 3 there"):
+        line = told_line(denoise, saved, holiday, "--to", target)
+        assert line.startswith(f"{target}: {counted} already (--force replaces them), 2 failed")
+        named = sorted(line.split(" (")[0] for line in capsys.readouterr().err.splitlines())
+        assert named == [f"{holiday / name}: not a readable image" for name in ("cut.jpg", "text.png")]
+        written = [path for path in sorted(target.rglob("*")) if path.is_file()]
+        assert written == [target / name for name in ("a ö.jpg", "link/c.tif", "sub/grey.png")]
+    picture = iio.imread(holiday / "sub/grey.png")[..., None]
+    expected, _ = util.denoise_picture(saved_parts(saved)[0], picture)
+    np.testing.assert_array_equal(iio.imread(target / "sub/grey.png"), expected[..., 0])
+    other = tmp_path / "other.png"
+    model, line, counted = denoise(saved, holiday / "sub/grey.png", "--to", other)
+    removed = np.sqrt(np.square(picture - expected.astype(float)).mean())
+    pattern = rf"{other}: 14x9, noise of (\d+\.\d\d) grey levels removed, \d+\.\d s"
+    assert float(re.fullmatch(pattern, line)[1]) == pytest.approx(removed, abs=0.006)
+    assert (model, counted.split(",")[0]) == ("Denoised by small", f"{other}: 1 written")
+    other.write_bytes(b"mine")
+    denoise(saved, holiday / "sub/grey.png", "--to", other)
+    assert other.read_bytes() == b"mine"
+    denoise(saved, holiday / "sub/grey.png", "--to", other, "--force")
+    np.testing.assert_array_equal(iio.imread(other), expected[..., 0])
+
+
+def test_picture_that_fails_for_any_reason_does_not_stop_the_others(saved, tmp_path, monkeypatch, capsys):
+    iio.imwrite(tmp_path / "a.png", random_images(8, 8, 3))
+    os.mkfifo(tmp_path / "b.png")
+    iio.imwrite(tmp_path / "c.jpg", np.zeros((1, 66_000), np.uint8), extension=".png")
+    iio.imwrite(tmp_path / "d.png", random_images(9, 8, 3))
+    denoise_picture = util.denoise_picture
+
+    def without_memory(model, pixels, *options):
+        if len(pixels) == 8:
+            np.empty(2**47)
+        return denoise_picture(model, pixels, *options)
+
+    monkeypatch.setattr(util, "denoise_picture", without_memory)
+    sources = [tmp_path / name for name in ("a.png", "b.png", "c.jpg", "d.png")]
+    line = told_line(denoise, saved, *sources, "--to", tmp_path / "out")
+    assert line.startswith(f"{tmp_path}/out: 1 written, 0 there already (--force replaces them), 3 failed")
+    failed = capsys.readouterr().err.splitlines()
+    assert failed[0].startswith(f"{tmp_path}/a.png: Unable to allocate")
+    assert failed[1].startswith(f"{tmp_path}/b.png: no such file, or none of the regular kind")
+    assert failed[2].startswith(f"{tmp_path}/out/c.jpg: JPEG cannot hold it (")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["d.png"]
+
+
+@pytest.mark.parametrize("option", [["--self-ensemble", "2"], ["--self-ensemble"], ["--strength", "0.3"]])
+def test_options_of_denoise(saved, tmp_path, option):
+    picture = random_images(10, 12, 3)
+    iio.imwrite(tmp_path / "a.png", picture)
+    denoise(saved, tmp_path / "a.png", "--to", tmp_path / "out", *option)
+    options = {"strength": 0.3} if "--strength" in option else {"ensemble": int([*option, 8][1])}
+    model = saved_parts(saved)[0]
+    expected, _ = util.denoise_picture(model, picture, **options)
+    np.testing.assert_array_equal(iio.imread(tmp_path / "out/a.png"), expected)
+    assert (expected != util.denoise_picture(model, picture)[0]).any()
+
+
+def test_16_bits_are_computed_in_float32(saved, tmp_path):
+    picture = random_images(16, 12, dtype=np.uint16)
+    iio.imwrite(tmp_path / "a.png", picture)
+    shared = ("--name=small", "--out", saved, "--precision=mixed_bfloat16")
+    printed = printed_by(simple, "denoise", tmp_path / "a.png", "--to", tmp_path / "out", *shared)
+    expected, _ = util.denoise_picture(saved_parts(saved)[0], picture[..., None])
+    np.testing.assert_array_equal(iio.imread(tmp_path / "out/a.png"), expected[..., 0])
+    removed = np.sqrt(np.square((picture - expected[..., 0].astype(float)) / 257).mean())
+    assert f"noise of {removed:.2f} grey levels" in printed
+
+
+def test_expected_error_is_printed_and_written_for_each_pixel(saved, tmp_path):
+    source, first, second = tmp_path / "a ä.jpg", tmp_path / "first", tmp_path / "second"
+    iio.imwrite(source, random_images(9, 14, 3))
+    for target in (first, second):
+        _, note, line, _ = denoise(saved, source, "--to", target, "--samples=3")
+    assert "37.25 dB expected" in note and "44.3 dB for 38.7" in note
+    autoencoder, *posterior = saved_parts(saved)
+    _, errors = util.denoise_picture(autoencoder, iio.imread(source), posterior=posterior, samples=3)
+    brightness = np.minimum(np.round(simple.DEVIATION_SCALE * errors), 255)
+    np.testing.assert_array_equal(iio.imread(first / "deviation/a ä.png"), brightness)
+    error = np.sqrt(np.square(errors.astype(float)).mean())
+    shown = re.search(r"expected error (\d+\.\d\d) \(PSNR (\d+\.\d\d) dB\)", line)
+    assert float(shown[1]) == pytest.approx(error, abs=0.006)
+    assert float(shown[2]) == pytest.approx(20 * np.log10(255 / error), abs=0.006)
+    for name in ("a ä.jpg", "deviation/a ä.png"):  # the same command draws the same
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert simple.sources_and_targets([first], tmp_path) == [(first / "a ä.jpg", tmp_path / "a ä.jpg")]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "to", "message"),
+    [
+        (["a.jpg"], ".", "a.jpg: a picture to denoise, which is never replaced"),
+        (["a.jpg", "b/a.jpg"], "c", "c/a.jpg: 2 results would have this name"),
+        (["a.jpg", "a.png"], "c", "c/deviation/a.png: 2 results would have this name"),
+        (["a.jpg", "b"], "c.jpg", "c.jpg: the name of one file, for what may be several"),
+        (["b"], "b", "b: holds all the pictures"),
+        (["empty"], "c", "empty: there are no images in it"),
+    ],
+)
+def test_results_that_cannot_be_are_refused_before_the_work(tmp_path, monkeypatch, pictures, to, message):
+    for folder in ("b", "empty"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.jpg", "a.png", "b/a.jpg"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=re.escape(message)):
+        simple.sources_and_targets([Path(path) for path in pictures], Path(to), samples=2)
+
+
+def test_target_that_no_picture_fits_is_named_before_the_work(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(util, "denoise_picture", None)
+    iio.imwrite(tmp_path / "a.png", random_images(8, 8, 3))
+    told_line(denoise, saved, tmp_path / "a.png", "--to", tmp_path / "results.v2")
+    assert "results.v2: no format to write has this ending; choose .png" in capsys.readouterr().err
+    line = told_line(denoise, saved, tmp_path / "a.png", "--to", tmp_path / "a.png/b")
+    assert line.startswith(f"{tmp_path}/a.png")
+
+
+def test_denoise_ends_without_a_word_when_nobody_reads(saved, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    iio.imwrite(tmp_path / "a.png", random_images(8, 8, 3))
+    arguments = ["denoise", tmp_path / "a.png", "--to", tmp_path / "out", "--name=small", "--out", saved]
+    with pytest.raises(BrokenPipeError):
+        printed_by(simple, *arguments, output=Closed())
+
+
+@pytest.fixture
+def test_set(tmp_path):
+    """Folder of a colour, a grey and a nested picture of different sizes, and of what cannot be measured."""
+    folder = tmp_path / "clean"
     for name, shape in (("a.png", (33, 40, 3)), ("grey.png", (24, 31)), ("inside/b.png", (26, 26, 3))):
-        (tmp_path / "clean" / name).parent.mkdir(parents=True, exist_ok=True)
-        smooth = random_images(*shape).astype(float) / 8 + 100
-        iio.imwrite(tmp_path / "clean" / name, smooth.astype(np.uint8))
-    return tmp_path / "clean", trained_copy
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(folder / name, random_images(*shape) // 8 + 100)
+    (folder / "text.png").write_text("no picture")
+    iio.imwrite(folder / "tiny.png", random_images(11, 40, 3))
+    return folder
 
 
-def test_pictures_of_a_folder_are_measured_by_the_protocol(test_set, tmp_path):
-    clean, out = test_set
-    printed = printed_by(
-        simple,
-        "evaluate",
-        "--pictures",
-        clean,
-        "--name",
-        NAME,
-        "--noise",
-        "white",
-        "grey",
-        "--samples=2",
-        "--save",
-        tmp_path / "saved",
-        "--out",
-        out,
-    )
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line]
-    assert rows[0] == [
-        "noise",
-        "picture",
-        "noisy PSNR",
-        "PSNR",
-        "noisy SSIM",
-        "SSIM",
-        "expected PSNR",
-        "below 1.645 expected errors",
+def measure(out, *arguments):
+    """Call `evaluate` with the small model; cells of all table rows, and the line of its failure if any."""
+    output, line = io.StringIO(), ""
+    arguments = ("evaluate", "--name=small", "--out", out, *arguments)
+    try:
+        printed_by(simple, *arguments, output=output)
+    except OSError as error:
+        line = util.error_line(error)
+    rows = [line.split("|")[1:-1] for line in output.getvalue().splitlines() if "|" in line]
+    return [[cell.strip() for cell in row] for row in rows], line
+
+
+def test_pictures_of_a_folder_are_measured_by_the_protocol(saved, test_set, tmp_path, capsys):
+    options = ["--noise", "white", "grey", "--samples=2", "--save", tmp_path / "saved"]
+    rows, line = measure(saved, "--pictures", test_set, *options)
+    assert line == f"{test_set}: 2 of 5 pictures were not measured, see above"
+    named = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[0] for line in named] == [f"{test_set}/{name}.png:" for name in ("text", "tiny")]
+    assert rows[0][2:] == [
+        *("noisy PSNR", "PSNR", "noisy SSIM", "SSIM", "expected PSNR", "below 1.645 expected errors")
     ]
-    measured = {(row[0], row[1]): row[2:] for row in rows}
-    assert {name for _, name in measured} >= {"a", "grey", "inside/b", "mean of 3"}
+    measured = {(noise, name): cells for noise, name, *cells in rows}
     levels = [f"{kind} {sigma}" for kind in ("white", "grey") for sigma in SIGMAS]
     assert [row[:2] for row in rows[-10:]] == [[level, "mean of 3"] for level in levels]
-    model = util.load_model(out, NAME, "autoencoder")
-    for name, file in (("a", "a.png"), ("grey", "grey.png")):
-        picture = np.atleast_3d(iio.imread(clean / file))
+    model = saved_parts(saved)[0]
+    for name in ("a", "grey"):
+        picture = np.atleast_3d(iio.imread(test_set / f"{name}.png"))
         noisy = add_noise(picture[None], 25)
         denoised = util.to_uint8(util.denoise_picture(model, noisy[0])[0])[None]
         expected = [util.psnr(picture[None], image)[0] for image in (util.to_uint8(noisy), denoised)]
         assert [float(cell) for cell in measured["white 25", name][:2]] == pytest.approx(expected, abs=0.011)
     mean = np.mean([float(measured["white 25", name][1]) for name in ("a", "grey", "inside/b")])
     assert float(measured["white 25", "mean of 3"][1]) == pytest.approx(mean, abs=0.02)
-    saved = iio.imread(tmp_path / "saved/inside/b_white_15.png")
-    expected = add_noise(iio.imread(clean / "inside/b.png")[None], 15)[0]
-    np.testing.assert_array_equal(saved, util.to_uint8(expected))
+    expected = add_noise(iio.imread(test_set / "inside/b.png")[None], 15)[0]
+    np.testing.assert_array_equal(
+        iio.imread(tmp_path / "saved/inside/b_white_15.png"), util.to_uint8(expected)
+    )
 
 
-def test_expected_errors_of_a_picture_are_those_of_the_draws(test_set):
-    clean, out = test_set
-    picture = iio.imread(clean / "a.png")
-    models = [util.load_model(out, NAME, part) for part in ("autoencoder", "encoder", "decoder")]
+def test_expected_errors_of_a_picture_are_those_of_the_draws(saved, test_set):
+    picture, (autoencoder, *posterior) = iio.imread(test_set / "a.png"), saved_parts(saved)
     noisy = add_noise(picture[None], 25)[0]
-    row, denoised = simple.picture_row(picture, noisy, models, 4)
-    _, errors = util.denoise_picture(models[0], noisy, posterior=models[1:], samples=4)
+    row, denoised = simple.picture_row(picture, noisy, [autoencoder, *posterior], 4)
+    _, errors = util.denoise_picture(autoencoder, noisy, posterior=posterior, samples=4)
     mean_square = np.mean(errors.astype(np.float64) ** 2)
     assert row["expected PSNR"] == pytest.approx(10 * np.log10(255**2 / mean_square), abs=0.01)
     within = np.abs(picture - denoised.astype(float)) <= 1.645 * errors[..., None].astype(float)
     assert row["below 1.645 expected errors"] == pytest.approx(within.mean(), abs=1e-3)
     assert 0 < within.mean() < 1
-
-
-def test_fault_of_a_picture_is_told_before_others_are_measured(test_set, capsys):
-    clean, out = test_set
-    iio.imwrite(clean / "z.png", random_images(11, 40, 3))
-    arguments = ["evaluate", "--pictures", clean, "--name", NAME, "--out", out]
-    line = told_line(simple.main, [str(argument) for argument in arguments])
-    assert line == f"{clean}/z.png: smaller than 12x12 pixels; remove it"
-    assert capsys.readouterr().out == ""
+    assert simple.psnr_of(simple.root_mean_square(np.zeros((4, 4), np.float16))) == np.inf
 
 
 def test_white_noise_is_one_for_all_pictures_and_every_picture_has_its_own_camera(tmp_path):
@@ -1104,79 +1157,35 @@ def test_white_noise_is_one_for_all_pictures_and_every_picture_has_its_own_camer
     for name in ("a.png", "b.png"):
         iio.imwrite(tmp_path / name, picture)
     for kind in ("white", "camera"):
-        (_, _, first), (_, _, second) = pictures_with_noise(tmp_path, kind, 25)
+        (_, _, first), (_, _, second) = pictures_with_noise(picture_pairs(tmp_path, tmp_path), kind, 25)
         np.testing.assert_array_equal(first, add_noise(picture[None], 25, kind=kind)[0])
         assert np.array_equal(first, second) == (kind == "white")
 
 
-def test_real_pairs_are_measured_by_their_names(test_set, tmp_path):
-    clean, out = test_set
-    for path in clean.rglob("*.png"):
-        noisy = tmp_path / "noisy" / path.relative_to(clean).with_suffix(".tif")
-        noisy.parent.mkdir(parents=True, exist_ok=True)
-        picture = iio.imread(path)
-        iio.imwrite(
-            noisy, np.clip(picture.astype(int) + random_images(*picture.shape) // 32, 0, 255).astype(np.uint8)
-        )
-    arguments = ["evaluate", "--pictures", clean, "--noisy", tmp_path / "noisy", "--name", NAME, "--out", out]
-    printed = printed_by(simple, *arguments)
-    row = next(line for line in printed.splitlines() if "inside/b" in line)
-    pair = [iio.imread(clean / "inside/b.png"), iio.imread(tmp_path / "noisy/inside/b.tif")]
-    assert float(row.split("|")[3]) == pytest.approx(
-        util.psnr(*(image[None] for image in pair))[0], abs=0.006
-    )
-    iio.imwrite(tmp_path / "noisy/a.tif", random_images(30, 40, 3))
-    told = told_line(simple.main, [*map(str, arguments)])
-    assert (
-        told == f"{tmp_path}/noisy/a.tif: of another size than its partner (33x40x3 and 30x40x3); remove one"
-    )
-    iio.imwrite(tmp_path / "noisy/a.png", random_images(30, 40, 3))
-    told = told_line(simple.main, [*map(str, arguments)])
-    assert told == f"{tmp_path}/noisy/a.tif: of the same name as {tmp_path}/noisy/a.png; remove one"
-    for path in tmp_path.glob("noisy/a.*"):
-        path.unlink()
-    told = told_line(simple.main, [*map(str, arguments)])
-    assert told == f"{tmp_path}/noisy: has no picture named a, as the other folder does; add or remove it"
+def test_real_pairs_are_measured_by_their_names(saved, test_set, tmp_path):
+    noisy = tmp_path / "noisy"
+    shutil.copytree(test_set, noisy)
+    picture = iio.imread(test_set / "a.png")
+    iio.imwrite(noisy / "a.tif", picture + random_images(*picture.shape) // 32)
+    (noisy / "a.png").unlink()
+    iio.imwrite(noisy / "grey.png", random_images(30, 40))  # of another size than its partner
+    rows, line = measure(saved, "--pictures", test_set, "--noisy", noisy, "--self-ensemble")
+    assert line == f"{test_set}: 3 of 5 pictures were not measured, see above"
+    assert [row[:2] for row in rows[2:]] == [["as given", name] for name in ("a", "inside/b", "mean of 2")]
+    pair = iio.imread(noisy / "a.tif"), picture
+    denoised, _ = util.denoise_picture(saved_parts(saved)[0], pair[0], ensemble=8)
+    expected = [util.psnr(picture[None], image[None])[0] for image in (pair[0], denoised)]
+    assert [float(cell) for cell in rows[2][2:4]] == pytest.approx(expected, abs=0.006)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--noise", "pink"], "invalid choice: 'pink'"),
-        (["--noisy", "x"], "argument --noisy: of --pictures only"),
-        (["--noise", "camera"], "argument --noise: of --pictures only"),
-        (["--self-ensemble"], "argument --self-ensemble: of --pictures only"),
-        (["--samples", "-1"], "-1 is not from 0"),
-        (["--pictures", "x", "--images", "5"], "argument --images: not with --pictures"),
-        (["--pictures", "x", "--noisy", "y", "--noise", "grey"], "argument --noise: not with --noisy"),
-    ],
-)
-def test_wrong_usage_of_a_test_set(arguments, told):
-    assert told in usage_error(simple.parse_args, ["evaluate", *arguments])
-
-
-def test_pictures_that_cannot_be_measured_are_told(test_set):
-    clean, out = test_set
-    arguments = ["evaluate", "--pictures", str(clean), "--name", NAME, "--out", str(out)]
-    line = told_line(simple.main, [*arguments, "--save", f"{clean}/inside/saved"])
-    assert line == f"{clean}/inside/saved: its pictures would be measured, too; choose another --save"
-    iio.imwrite(clean / "a.tif", random_images(30, 40, 3))
-    line = told_line(simple.main, arguments)
-    assert line == f"{clean}/a.tif: of the same name as {clean}/a.png; remove one"
-    iio.imwrite(clean / "a.tif", random_images(11, 40, 3))
-    (clean / "a.png").unlink()
-    line = told_line(simple.main, arguments)
-    assert line == f"{clean}/a.tif: smaller than 12x12 pixels; remove it"
-
-
-def test_psnr_of_no_error_is_infinite():
-    assert simple.psnr_of(simple.root_mean_square(np.full((4, 4), 2.55, np.float16))) == pytest.approx(
-        40, abs=0.01
-    )
-    assert simple.psnr_of(simple.root_mean_square(np.zeros((4, 4), np.float16))) == np.inf
-
-
-def test_folder_without_pictures_is_told(test_set, tmp_path):
+def test_test_sets_that_do_not_fit_are_refused(saved, test_set, tmp_path):
     (tmp_path / "empty").mkdir()
-    arguments = ["evaluate", "--pictures", str(tmp_path / "empty"), "--name", NAME, "--out", str(test_set[1])]
-    assert told_line(simple.main, arguments).startswith(f"{tmp_path}/empty: there are no images in it")
+    _, line = measure(saved, "--pictures", tmp_path / "empty")
+    assert line.startswith(f"{tmp_path}/empty: there are no images in it")
+    _, line = measure(saved, "--pictures", test_set, "--noisy", test_set / "inside")
+    assert line == f"{test_set}/inside: has no picture named a, as the other folder does; add or remove it"
+    _, line = measure(saved, "--pictures", test_set, "--save", test_set / "inside/saved")
+    assert line == f"{test_set}/inside/saved: its pictures would be measured, too; choose another --save"
+    iio.imwrite(test_set / "a.tif", random_images(30, 40, 3))
+    _, line = measure(saved, "--pictures", test_set)
+    assert line == f"{test_set}/a.tif: of the same name as {test_set}/a.png; remove one"
