@@ -167,10 +167,12 @@ class Data:
         return np.ascontiguousarray(self.images[split][:count])
 
     def shown(self, split, count):
-        """Images to look at: those with most texture among the first, of as many pictures as possible."""
+        """Images to look at: of the first those with texture, of as many pictures as possible."""
         images = self.images[split][:VALIDATION]
         pictures = self.pictures.get(split, np.arange(len(images)))
-        order = np.argsort([-texture(image) for image in images], kind="stable")
+        textures = np.array([texture(image) for image in images])
+        order = np.argsort(-textures, kind="stable")
+        order = order[textures[order] >= textures[order[:count]].min() / 2]  # a flat one shows nothing
         seen, turns = Counter(), []
         for picture in pictures[order]:
             turns.append(seen[picture])
@@ -760,7 +762,7 @@ def _split_and_cut(pictures, labels_of, size, margin):
             patches[split].append(np.array(cut, np.uint8))
             cut_from[split] += [index] * len(cut)
             if split == "test" and cut:
-                middle = _middle(region, *SHOWN_PICTURE)
+                middle = _middle(region, min(SHOWN_PICTURE[0], 2 * region.shape[1]), SHOWN_PICTURE[1])
                 if texture(middle) > most:
                     shown, most = middle.copy(), texture(middle)
     for split, cut in patches.items():

@@ -27,7 +27,7 @@ import math
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache, partial
 
 import util
@@ -95,20 +95,21 @@ SHOWN_SIGMA, RECONSTRUCTED_SIGMAS = 50, (25, 50)
 GIF_FRAMES = 50  # at most
 SWEEP = tuple(range(5, 80, 5))  # sigmas of the curve PSNR against sigma
 SWEEP_IMAGES = 200
-POSTERIOR_PIXELS, POSTERIOR_SAMPLES = 256_000, 64  # pixels of 250 images of CIFAR-10
+ALL_DRAWS = 256_000, 64  # pixels of 250 images of CIFAR-10, and draws of each
+QUICK_DRAWS = 48_000, 25  # after a training
 POSTERIOR_SIGMAS = (15, 25, 50, 75)
 POSTERIOR_AT_ONCE = 25  # images of up to 48x48 whose draws are made together
 INTERVALS = (0.5, 0.9)  # shares of the draws in them
-SHOWN_DRAWS, RANK_BINS = 3, 13
+SHOWN_DRAWS, RANK_BINS = 3, 13  # of 26 or 65 ranks among the draws
 CALIBRATION_IMAGES, CALIBRATION_SAMPLES = 500, 8
 CALIBRATION_PARTS = 4  # of the range of strengths, which count alike
 FEATURE_MAP_TRAIN_IMAGES = 5000
-METRICS = {  # in the log of a training
-    "psnr": "PSNR in dB",
-    "kl": "KL of z in nats per pixel value",
-    "crps": "CRPS of pixels in grey levels",
-    "detail_kl": "KL of the detail code, the same",
-}
+METRICS = {"psnr": "PSNR in dB", "kl": "KL of z in nats", "crps": "CRPS", "detail_kl": "KL of detail code"}
+CALIBRATION_EXPLAINED = """Spread/skill is the draws' deviation over the error of their mean: 1 is right.
+The central 50 % and 90 % of the draws are to hold that share of the true values. CRPS, the error of all
+draws in grey levels, stands beside that of a Gaussian of the true width for each image; lower is better."""
+QUALITY_EXPLAINED = """PSNR in dB of the denoised images (the posterior mean), of the mean of all draws and of
+one draw (3 dB lower is right); the PSNR that draws make expect, and its correlation with the true one:"""
 
 # one's own pictures
 PHOTOGRAPHS_RUN = "stacked_photographs"  # whose model denoises them
@@ -241,24 +242,23 @@ class DenoisingVAE(keras.Model):
 
     In training it is fed images and the deviation of the white noise that it adds to each, 0 where they are
     noisy already, and samples the codes; otherwise it is fed noisy images and takes the codes' means. The
-    loss is, for each image and in nats per pixel value,
+    loss of an image, in nats per pixel value, is
 
         1/2 log(MSE + g^2) + kl_weight * KL(q(z|x) || N(0, I)),    g one grey level.
 
-    The first term is the negative log-likelihood of a Gaussian decoder with the best variance for each image
-    (optimal sigma-VAE: Rybkin, Daniilidis, Levine, "Simple and Effective VAE Training with Calibrated
-    Decoders", ICML 2021). A decibel counts alike at every sigma, where a plain MSE would be ruled by the
-    strongest noise. g keeps images without noise from outweighing the rest. With a kl_weight far below 1 this
-    is a beta-VAE (Higgins et al., ICLR 2017) on the side of reconstruction, not a bound of the likelihood.
+    The first term is the likelihood of a Gaussian decoder with the best variance for each image (optimal
+    sigma-VAE: Rybkin, Daniilidis, Levine, ICML 2021): a decibel counts alike at every sigma. g keeps images
+    without noise from outweighing the rest. With a kl_weight far below 1 this is a beta-VAE (Higgins et al.,
+    ICLR 2017), not a bound of the likelihood.
 
     Args:
         encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
         decoder: The codes of all levels to images.
-        kl_weight: Weight of the KL term.
         seed: Of noise and samples.
     """
 
     monitor, metric_names = "val_psnr", ("psnr", "kl")
+    hint = "val_psnr is above psnr, since training draws the codes and validation takes their means"
 
     def __init__(self, encoder, decoder, kl_weight=KL_WEIGHT, seed=0):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
@@ -286,15 +286,10 @@ class DenoisingVAE(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         denoised, codes = y_pred
         mse = ops.mean(ops.square(y - denoised), axis=(1, 2, 3))
-        kl = self.divergence(codes, y)
+        kl = kl_divergence(codes, y)
         self.measured["psnr"].update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.measured["kl"].update_state(kl)
         return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
-
-    def divergence(self, codes, images):
-        """KL of all codes from N(0, I), in nats per pixel value of each image (N,)."""
-        values = ops.cast(ops.prod(ops.shape(images)[1:]), "float32")  # of an image: H * W * 3
-        return sum(kl_divergence(mean, log_var) for mean, log_var in codes) / values
 
 
 class DetailVAE(DenoisingVAE):
@@ -302,37 +297,25 @@ class DetailVAE(DenoisingVAE):
 
     A draw is `decoder(z_mean) + detail_decoder(d)` with d from N(0, s(x)^2), where the detail encoder
     predicts s(x)^2 from the noisy image x and z_mean. Encoder and decoder of z are frozen: they give the
-    mean, which no draw improves. (z is sampled, too, when draws are measured; its deviation is small.) The
-    loss of an image is
+    mean, which no draw improves. The loss of an image is
 
         w(x) * sum over k of v_k * CRPS_k + kl_weight * KL(N(0, s(x)^2) || N(0, I)).
 
-    From the ELBO it keeps the KL term, which keeps d near the prior unless the image says more. The
-    likelihood of the clean image y is replaced by a score of draws, since a Gaussian likelihood of single
-    pixels ignores how their errors correlate. For two independent draws a and b,
+    A Gaussian likelihood of single pixels would ignore how their errors correlate. Instead, two independent
+    draws a and b are scored by the clean image y:
 
         CRPS = 1/2 (|a - y| + |b - y|) - 1/2 |a - b|
 
-    is an unbiased estimate of the continuous ranked probability score. The score is strictly proper: only
-    the true distribution minimizes its expectation (Gneiting, Raftery, "Strictly Proper Scoring Rules,
-    Prediction, and Estimation", 2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS", 2024).
-    Since the estimate is unbiased, two draws suffice: more would only lower its variance, as more images do.
-    CRPS_k scores the means of k x k pixels, so that the draws' neighbours deviate together, as errors do.
-    w(x) is one over the image's mean |a - b|, at least a grey level, taken as a constant, so that a deviation
-    that is wrong by a tenth counts alike in flat and in textured images, under weak and under strong noise. A
-    weight that depends on the clean image would favour wrong distributions; this one depends on the noisy
-    image and, over so many pixels, hardly on the draws. The weighted score would reward draws that deviate
-    too much, so the plain CRPS of pixels tells the best epoch.
-
-    Args:
-        encoder: Trained: noisy images to [z_mean, z_log_var] of each level, one after another.
-        decoder: Trained: z of all levels to images.
-        detail_encoder: Noisy images and the means of z to the log-variance of each detail code.
-        detail_decoder: Detail codes to what they add to images.
-        options: `kl_weight` and `seed` of `DenoisingVAE`.
+    is an unbiased estimate of the continuous ranked probability score, whose expectation only the true
+    distribution minimizes (Gneiting, Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation",
+    2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS", 2024). CRPS_k is of means of k x k
+    pixels, so that neighbours in a draw deviate together, as errors do. w(x) is one over the image's mean
+    |a - b|, at least a grey level, taken as a constant: flat and textured images count alike. It rewards
+    draws that deviate too much, so the plain CRPS of pixels decides which epoch is the best.
     """
 
     monitor, metric_names = "val_crps", ("crps", "detail_kl")
+    hint = "crps is the error of draws, in grey levels"
 
     def __init__(self, encoder, decoder, detail_encoder, detail_decoder, **options):
         super().__init__(encoder, decoder, **options)
@@ -355,7 +338,7 @@ class DetailVAE(DenoisingVAE):
         draws, codes = y_pred
         distance = ops.mean(ops.abs(draws[0] - draws[1]), axis=(1, 2, 3), keepdims=True)
         weight = 1 / ops.maximum(GREY_LEVEL, ops.stop_gradient(distance))
-        kl = self.divergence(codes, y)
+        kl = kl_divergence(codes, y)
         loss = self.kl_weight * ops.mean(kl)
         for side, share in CRPS_WEIGHTS.items():
             a, b, clean = (ops.average_pool(images, side, strides=side) for images in (*draws, y))
@@ -367,18 +350,15 @@ class DetailVAE(DenoisingVAE):
         return loss
 
 
-def kl_divergence(z_mean, z_log_var):
-    """KL(N(z_mean, exp(z_log_var)) || N(0, 1)) of each image in nats (Kingma & Welling 2014, appendix B)."""
-    return 0.5 * ops.sum(ops.square(z_mean) + ops.exp(z_log_var) - 1 - z_log_var, axis=(1, 2, 3))
+def kl_divergence(codes, images):
+    """KL of codes from N(0, I) in nats per pixel value of each image (Kingma, Welling 2014, appendix B)."""
+    terms = [ops.square(mean) + ops.exp(log_var) - 1 - log_var for mean, log_var in codes]
+    values = ops.cast(ops.prod(ops.shape(images)[1:]), "float32")  # of an image: H * W * 3
+    return 0.5 * sum(ops.sum(term, axis=(1, 2, 3)) for term in terms) / values
 
 
 class EpochStart(keras.callbacks.Callback):
-    """Set order and noise by the epoch, so that a resumed training draws what an uninterrupted one would.
-
-    Args:
-        batches: `load_data.Batches` that feeds the training.
-        epochs_before: Epochs of earlier stages, whose order and noise are not to come again.
-    """
+    """Set order and noise by the epoch, counted over all stages: a resumed training draws the same."""
 
     def __init__(self, batches, epochs_before):
         super().__init__()
@@ -397,37 +377,37 @@ class EpochStart(keras.callbacks.Callback):
 
 
 class Frames(keras.callbacks.Callback):
-    """Keep the denoised validation images before the training and after every epoch, for the GIFs.
+    """Keep denoised images for the GIFs, by step: 0, 1, 2, 4, 8, ... of the first epoch, then every epoch."""
 
-    Args:
-        folder: Where to keep `0000.npy` and so on; made if missing.
-        noisy: float32 array (N, H, W, 3).
-        epochs_before: Epochs of earlier stages.
-    """
-
-    def __init__(self, folder, noisy, epochs_before):
+    def __init__(self, folder, noisy, steps_before):
         super().__init__()
-        self.folder, self.noisy, self.epochs_before = folder, noisy, epochs_before
+        self.folder, self.noisy, self.steps_before = folder, noisy, steps_before
 
-    def on_train_begin(self, logs=None):
-        if not self.folder.exists():
-            self.on_epoch_end(-1)
+    def on_epoch_begin(self, epoch, logs=None):
+        self.first_step = self.steps_before + epoch * self.params["steps"]
+        if self.first_step == 0:
+            self.keep(0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = batch + 1
+        is_power_of_two = step.bit_count() == 1
+        if self.first_step == 0 and is_power_of_two:
+            self.keep(step)
 
     def on_epoch_end(self, epoch, logs=None):
+        self.keep(self.first_step + self.params["steps"])
+
+    def keep(self, step):
         denoised = ops.convert_to_numpy(self.model(self.noisy)[0])
-        with util.atomic(self.folder / f"{self.epochs_before + epoch + 1:04d}.npy") as path:
+        with util.atomic(self.folder / f"{step:08d}.npy") as path:
             np.save(path, util.to_uint8(denoised))
 
 
 class RiseStayFall(keras.optimizers.schedules.LearningRateSchedule):
-    """Learning rate that rises linearly, stays, and falls linearly to zero in the last half of the training.
+    """Learning rate that rises linearly to `highest`, stays, and falls linearly to zero, over `steps`.
 
     While it stays high, a training may be made longer: the rate knows nothing of its end yet. (Hägele et al.,
     "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", 2024.)
-
-    Args:
-        highest: Rate between rise and fall.
-        steps: Of the whole training.
     """
 
     def __init__(self, highest, steps):
@@ -443,35 +423,18 @@ class RiseStayFall(keras.optimizers.schedules.LearningRateSchedule):
 
 def build_optimizer(learning_rate, steps):
     """Muon whose learning rate rises, stays and falls over `steps`."""
-    schedule = RiseStayFall(learning_rate, steps)
-    return util.ConvolutionMuon(
-        schedule, weight_decay=None, adam_weight_decay=None, global_clipnorm=CLIP_NORM
-    )
+    rate = RiseStayFall(learning_rate, steps)
+    return util.ConvolutionMuon(rate, weight_decay=None, adam_weight_decay=None, global_clipnorm=CLIP_NORM)
 
 
 def gif_images(data):
     """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
-    clean = data.first("validation", SHOWN)
+    clean = data.shown("validation", SHOWN)
     return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
 
 
 def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
-    """Train `vae` to denoise, keeping a checkpoint after every epoch; go on from one that is there.
-
-    Args:
-        vae: Built `DenoisingVAE` or `DetailVAE`; has the best weights afterwards.
-        data: `load_data.Data`.
-        args: Arguments of the run.
-        stage: Name of this stage of the training.
-        epochs: Passes over the training images, those of the checkpoint included; with 0, nothing is done.
-        epochs_before: Epochs of earlier stages.
-
-    Returns:
-        The metrics, a dict for each epoch, with the stage and the epoch counted over all stages.
-
-    Raises:
-        util.ModelError: the loss became NaN, or the checkpoint is damaged.
-    """
+    """Train `vae`, from a checkpoint if there is one; return a row of metrics for each epoch of the stage."""
     if not epochs:
         return []
     folder, images = util.training_folder(args.out, args.name), data.images[data.denoiser_split]
@@ -484,22 +447,16 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     vae(validation[0][:1])
     callbacks = [EpochStart(batches, epochs_before)]
     if not is_detail:  # which changes no denoised image
-        callbacks.append(Frames(folder / "frames", gif_images(data)[1], epochs_before))
+        callbacks.append(Frames(folder / "frames", gif_images(data)[1], epochs_before * len(batches)))
+    print(f"\nStage {stage}, epochs of {len(images):,} images: {vae.hint}", flush=True)
     rows = util.fit(vae, batches, validation, epochs, folder, vae.monitor, callbacks, stage)
-    told = {"stage": stage, "images": len(batches) * batches.batch_size}
-    return [told | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
+    seen = {"stage": stage, "images": len(batches) * batches.batch_size}
+    seen["pixels"] = seen["images"] * math.prod(shape)
+    return [seen | row | {"epoch": epochs_before + row["epoch"]} for row in rows]
 
 
 def fit_detail(vae, detail, joined, data, args, epochs_before):
-    """Train the detail code of a trained `vae`, then calibrate it.
-
-    Args:
-        vae: Trained `DenoisingVAE`; stays as it is.
-        detail: Detail encoder and detail decoder.
-        joined: Encoder and decoder of all codes.
-
-    The rest, and what is returned, is as for `fit_stage`.
-    """
+    """Train the code of the `detail` encoder and decoder, then calibrate it in the `joined` models."""
     trainer = DetailVAE(vae.encoder, vae.decoder, *detail, kl_weight=DETAIL_KL_WEIGHT, seed=args.seed)
     rows = fit_stage(trainer, data, args, "detail", args.detail_epochs, epochs_before)
     if rows:
@@ -510,29 +467,20 @@ def fit_detail(vae, detail, joined, data, args, epochs_before):
 
 
 def calibrate(encoder, decoder, clean, args):
-    """Scale the deviations of the detail codes by one number, so that spread/skill is 1 on average.
+    """Divide the detail codes' deviations by spread/skill of validation images, which is returned.
 
-    Detail decoders have no biases, so that draws deviate by as much less as their codes do; the number goes
-    to the biases of the log-variances. As temperature scaling does: Guo et al., "On Calibration of Modern
-    Neural Networks", ICML 2017.
-
-    Args:
-        encoder, decoder: Joined models; the encoder is changed.
-        clean: Validation images, uint8 array (N, H, W, 3).
-        args: Arguments of the run, whose kinds and strengths of noise are added.
-
-    Returns:
-        Spread/skill before, the geometric mean over strengths and sides of blocks.
+    It is the geometric mean over strengths and blocks. Detail decoders have no biases, so that draws deviate
+    by as much less as their codes do. As temperature scaling: Guo et al., "On Calibration of Modern Neural
+    Networks", ICML 2017.
     """
     models = util.portable_copy(encoder), util.portable_copy(decoder)
-    pair = validation_pair(clean, noise_shares(args.noise), args.sigma)
-    ratios = []
-    parts = min(CALIBRATION_PARTS, len(clean))
-    for noisy, target in zip(*(np.array_split(images, parts) for images in pair), strict=True):
-        _, draws = decoded_draws(*models, noisy, CALIBRATION_SAMPLES)
-        compared = compare_blocks(target, draws)
-        ratios += [spread_to_skill(of_side, CALIBRATION_SAMPLES) for of_side in compared.values()]
-    ratio = math.exp(np.mean(np.log([ratio for ratio in ratios if 0 < ratio < math.inf] or [1])))
+    noisy, clean = validation_pair(clean, noise_shares(args.noise), args.sigma)
+    parts, logarithms = min(CALIBRATION_PARTS, len(clean)), []
+    for images, targets in zip(np.array_split(noisy, parts), np.array_split(clean, parts), strict=True):
+        _, draws = decoded_draws(*models, images, CALIBRATION_SAMPLES)
+        for compared in compare_draws(targets, draws).values():
+            logarithms.append(math.log(spread_to_skill(compared, CALIBRATION_SAMPLES)))
+    ratio = math.exp(np.mean(logarithms))
     for weight in encoder.weights:
         if re.search("detail[0-9]*_log_var/bias$", weight.path):
             weight.assign(weight - 2 * math.log(ratio))
@@ -540,14 +488,7 @@ def calibrate(encoder, decoder, clean, args):
 
 
 def load_start(args, encoder, decoder):
-    """Give encoder and decoder the weights of the run that --start names.
-
-    Returns:
-        The metrics of its epochs if --epochs 0 leaves z as it is, else none.
-
-    Raises:
-        util.ModelError: it is missing, damaged or of another architecture.
-    """
+    """Load the weights of the run that --start names; return its epochs if --epochs 0 leaves z as it is."""
     util.start_from(encoder, args.out, args.start, "encoder")
     util.start_from(decoder, args.out, args.start, "decoder")
     rows = [] if args.epochs else util.read_csv(args.out / f"logs/{args.start}.csv")
@@ -555,26 +496,17 @@ def load_start(args, encoder, decoder):
 
 
 def train(args, data):
-    """Train z, then the detail code.
-
-    Returns:
-        Encoder and decoder with both codes, the autoencoder of the means, and the metrics of all epochs.
-    """
+    """Train z, then the detail code; return encoder and decoder of both, autoencoder, and rows of metrics."""
     encoder = build_encoder(args.filters, ENCODER_BLOCKS, args.latent_dim)
     decoder = build_decoder(args.filters, DECODER_BLOCKS, args.latent_dim)
-    detail = (
-        build_detail_encoder(args.filters, DETAIL_ENCODER_BLOCKS, args.latent_dim),
-        build_detail_decoder(args.filters, DETAIL_DECODER_BLOCKS, args.latent_dim),
-    )
-    joined = join_encoders(encoder, detail[0]), join_decoders(decoder, detail[1])
-    rows = []
-    if args.start:
-        rows = load_start(args, *joined)
-    else:
-        start_as_identity(encoder, decoder)
+    detail_encoder = build_detail_encoder(args.filters, DETAIL_ENCODER_BLOCKS, args.latent_dim)
+    detail_decoder = build_detail_decoder(args.filters, DETAIL_DECODER_BLOCKS, args.latent_dim)
+    joined = join_encoders(encoder, detail_encoder), join_decoders(decoder, detail_decoder)
+    start_as_identity(encoder, decoder)
+    rows = load_start(args, *joined) if args.start else []
     vae = DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
     rows += fit_stage(vae, data, args, "z", args.epochs)
-    rows += fit_detail(vae, detail, joined, data, args, len(rows))
+    rows += fit_detail(vae, (detail_encoder, detail_decoder), joined, data, args, len(rows))
     if not (args.detail_epochs or args.start):
         print("The detail code is not trained: draws of it mean nothing.")
     return *joined, build_autoencoder(encoder, decoder), rows
@@ -586,36 +518,127 @@ def evaluate(denoisers, clean, sigmas=SIGMAS, kind="white"):
     Args:
         denoisers: Dict of functions by label: (noisy float32 (n, H, W, 3), sigma) to denoised uint8.
         clean: uint8 array (N, H, W, 3), or a list of such arrays where images differ in size.
-        sigmas: Noise levels on the 0-255 scale.
-        kind: Of the noise.
 
     Returns:
         A dict for each sigma: `sigma`, then PSNR in dB and SSIM of noisy images and of each output.
     """
     if isinstance(clean, np.ndarray):
-        starts = range(0, len(clean), util.BATCH)
-        clean = [np.ascontiguousarray(clean[start : start + util.BATCH]) for start in starts]
-    table = []
+        clean = np.split(clean, range(util.BATCH, len(clean), util.BATCH))
+    advance, table = util.progress(len(sigmas) * len(clean), "batches of images measured"), []
     for sigma in sigmas:
-        rng = np.random.default_rng(TEST_NOISE_SEED)
-        measured = {}
+        rng, measured = np.random.default_rng(TEST_NOISE_SEED), defaultdict(list)
         for images in clean:
             noisy, images = add_noise(images, sigma, rng, kind), clean_of(images, kind)
             outputs = {"noisy": util.to_uint8(noisy)}
             outputs |= {label: denoise(noisy, sigma) for label, denoise in denoisers.items()}
-            for measure in (util.psnr, util.ssim):
+            for name, measure in (("PSNR", util.psnr), ("SSIM", util.ssim)):
                 for label, output in outputs.items():
-                    key = f"{label} {measure.__name__.upper()}"
-                    measured.setdefault(key, []).append(measure(images, output))
-        table.append({"sigma": sigma} | {key: float(np.concatenate(v).mean()) for key, v in measured.items()})
+                    measured[f"{label} {name}"].extend(measure(images, output))
+            advance()
+        table.append({"sigma": sigma} | {key: float(np.mean(values)) for key, values in measured.items()})
     return table
 
 
 def blind(models):
     """Saved autoencoders by label as what `evaluate` measures; sigma is not an input of theirs."""
-    return {
-        label: lambda noisy, sigma, model=model: util.denoise(model, noisy) for label, model in models.items()
-    }
+    return {run: lambda noisy, _, model=model: util.denoise(model, noisy) for run, model in models.items()}
+
+
+def decoded_draws(encoder, decoder, noisy, samples, seed=util.DRAWS_SEED):
+    """Images (N, H, W, 3) decoded from the posterior's mean, and (samples, N, H, W, 3) from draws of it."""
+    codes = util.code_pairs(encoder.predict(noisy, verbose=0))
+    draws = np.stack(list(util.draws(decoder, codes, samples, seed)))
+    return decoder.predict([mean for mean, _ in codes], verbose=0), draws
+
+
+def block_means(images, side):
+    """Means of blocks of side x side pixels, (..., H, W, 3) to (..., H // side, W // side, 3)."""
+    height, width = (length // side for length in images.shape[-3:-1])
+    images = images[..., : height * side, : width * side, :]
+    return images.reshape(*images.shape[:-3], height, side, width, side, 3).mean(axis=(-4, -2))
+
+
+def compare_draws(clean, draws):
+    """Compare draws (samples, N, H, W, 3) with the truth (N, H, W, 3), as means of blocks.
+
+    Returns:
+        Dict by side of the blocks in pixels of dicts of arrays, one number for each true value: `error` of
+        the draws' mean; their `deviation`; `crps` by the estimate that is fair with any number of draws
+        (Ferro, "Fair Scores for Ensemble Forecasts", 2014); `gaussian`, the CRPS of a Gaussian around the
+        same mean whose deviation is each image's true error (Gneiting, Raftery, 2007, eq. 5); and `rank`:
+        how many draws are below the truth.
+    """
+    samples, compared = len(draws), {}
+    order = np.arange(1 - samples, samples, 2, dtype=np.float32) / (samples * (samples - 1))
+    for side in CRPS_WEIGHTS:
+        truth, drawn = block_means(clean, side), block_means(draws, side)
+        error = truth - drawn.mean(axis=0)
+        distance = 2 * np.tensordot(order, np.sort(drawn, axis=0), 1)  # mean one of two different draws
+        rmse = np.sqrt(np.square(error).mean(axis=(1, 2, 3), keepdims=True))
+        x = error / rmse
+        values = {
+            "error": error,
+            "deviation": drawn.std(axis=0, ddof=1),
+            "crps": np.abs(drawn - truth).mean(axis=0) - distance / 2,
+            "gaussian": rmse * (x * (2 * norm.cdf(x) - 1) + 2 * norm.pdf(x) - 1 / math.sqrt(math.pi)),
+            "rank": (drawn < truth).sum(axis=0),
+        }
+        compared[side] = {key: array.ravel() for key, array in values.items()}
+    return compared
+
+
+def measure_posterior(encoder, decoder, clean, sigma, samples):
+    """Measure draws for uint8 images (N, H, W, 3) of whole cells under the protocol's noise.
+
+    Returns:
+        What `compare_draws` returns; and a dict of arrays (N,), PSNR in dB: of the `posterior mean` that
+        ships as the autoencoder, of the `mean of draws`, of `one draw`, and the `expected` one of the
+        posterior mean, from what draws differ from it.
+    """
+    rng = np.random.default_rng(TEST_NOISE_SEED)
+    parts, count = [], util.batch_size_for(clean, POSTERIOR_AT_ONCE, 48)
+    advance = util.progress(len(clean), f"images with draws, sigma {sigma}")
+    for start in range(0, len(clean), count):
+        images = clean[start : start + count]
+        noisy = add_noise(images, sigma, rng)
+        mean, draws = decoded_draws(encoder, decoder, noisy, samples, (util.DRAWS_SEED, start))
+        decoded = {"posterior mean": mean, "mean of draws": draws.mean(axis=0), "one draw": draws[0]}
+        psnrs = {label: util.psnr(images, util.to_uint8(output)) for label, output in decoded.items()}
+        square = np.square(np.clip(draws, 0, 1) - np.clip(mean, 0, 1)).mean(axis=(0, 2, 3, 4))
+        psnrs["expected"] = -10 * np.log10(square)
+        parts.append((compare_draws(util.to_float(images), draws), psnrs))
+        advance(len(images))
+    return keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def coverage(rank, samples, share):
+    """Share of the true values in the central interval that holds `share` of the draws.
+
+    Among K draws a true value has one of K + 1 ranks, equally likely if draws are calibrated. A rank that an
+    end of the interval divides counts in part.
+    """
+    low, margin = rank / (samples + 1), (1 - share) / 2
+    inside = np.minimum(low + 1 / (samples + 1), 1 - margin) - np.maximum(low, margin)
+    return float(np.clip(inside * (samples + 1), 0, 1).mean())
+
+
+def spread_to_skill(compared, samples):
+    """Root mean square of the draws' deviation over that of their mean's error, 1 if they are calibrated."""
+    variance = np.square(compared["deviation"]).mean(dtype=np.float64) * (1 + 1 / samples)
+    return math.sqrt(variance / np.square(compared["error"]).mean(dtype=np.float64))
+
+
+def calibration_rows(blocks, samples, sigma):
+    """Rows of the table of calibration, one for each side of a block; CRPS in grey levels."""
+    rows = []
+    for side, compared in blocks.items():
+        row = {"sigma": sigma, "block": f"{side}x{side}", "spread/skill": spread_to_skill(compared, samples)}
+        for share in INTERVALS:
+            row[f"in central {share:.0%}"] = coverage(compared["rank"], samples, share)
+        for label, score in (("CRPS", "crps"), ("CRPS of Gaussian", "gaussian")):
+            row[label] = 255 * float(compared[score].mean(dtype=np.float64))
+        rows.append(row)
+    return rows
 
 
 def reconstruction_figure(models, clean):
@@ -630,187 +653,29 @@ def reconstruction_figure(models, clean):
     return util.rows_figure([*rows, ("clean", clean, None)], "Denoising of test images")
 
 
+def picture_figure(model, clean):
+    """A held-out photograph (H, W, 3) noisy, denoised and clean."""
+    noisy = add_noise(clean[None], SHOWN_SIGMA)[0]
+    denoised, _ = util.denoise_picture(model, noisy)
+    pictures = np.stack([util.to_uint8(noisy), util.to_uint8(denoised), clean])
+    psnr = util.psnr(pictures[[2, 2]], pictures[:2])
+    captions = f"noisy, sigma {SHOWN_SIGMA}, {psnr[0]:.1f} dB", f"denoised, {psnr[1]:.1f} dB", "clean"
+    return util.rows_figure([("", pictures, captions)], "A photograph held out of the training", cell=4)
+
+
 def sweep_figure(models, clean):
     """PSNR and SSIM against sigma of the noisy images and of each model's output."""
-    table = evaluate(blind(models), clean, SWEEP)
-    panels = []
-    for measure in ("PSNR", "SSIM"):
-        keys = [key for key in table[0] if key.endswith(measure)]
-        curves = {key.removesuffix(f" {measure}"): (SWEEP, [row[key] for row in table]) for key in keys}
-        panels.append(("sigma", "PSNR in dB" if measure == "PSNR" else measure, curves))
+    table, labels, panels = evaluate(blind(models), clean, SWEEP), ("noisy", *models), []
+    for measure, title in (("PSNR", "PSNR in dB"), ("SSIM", "SSIM")):
+        curves = {label: (SWEEP, [row[f"{label} {measure}"] for row in table]) for label in labels}
+        panels.append(("sigma", title, curves))
     return util.curves_figure(panels, f"Mean over {len(clean)} test images", ticks=SIGMAS)
 
 
-def decoded_draws(encoder, decoder, noisy, samples=POSTERIOR_SAMPLES, seed=util.DRAWS_SEED):
-    """Images decoded from the mean of the posterior and from draws of it, made as by `util.draws`.
-
-    Returns:
-        float32 arrays (N, H, W, 3) and (samples, N, H, W, 3), nominally in [0, 1].
-    """
-    codes = util.code_pairs(encoder.predict(noisy, verbose=0))
-    draws = np.stack(list(util.draws(decoder, codes, samples, seed)))
-    return decoder.predict([mean for mean, _ in codes], verbose=0), draws
-
-
-def block_means(images, side):
-    """Means of blocks of side x side pixels, (..., H, W, 3) to (..., H // side, W // side, 3)."""
-    height, width = (length // side for length in images.shape[-3:-1])
-    images = images[..., : height * side, : width * side, :]
-    return images.reshape(*images.shape[:-3], height, side, width, side, 3).mean(axis=(-4, -2))
-
-
-def compare_draws(clean, draws):
-    """Compare draws with the truth.
-
-    Args:
-        clean: Array (N, h, w, 3) in [0, 1].
-        draws: Array (samples, N, h, w, 3).
-
-    Returns:
-        Dict of arrays, one number for each value of `clean`: error of the draws' mean; their deviation; CRPS
-        by the estimate that is fair with any number of draws (Ferro, "Fair Scores for Ensemble Forecasts",
-        2014); CRPS of a Gaussian around the same mean whose deviation is each image's true error (Gneiting,
-        Raftery, 2007, eq. 5); how many draws are below the truth; and the deviation by the first half of
-        the draws beside the rank among the others.
-    """
-    samples, mean = len(draws), draws.mean(axis=0)
-    halves = draws[: samples // 2], draws[samples // 2 :]
-    error = clean - mean
-    # the mean distance of two different draws, from their order
-    ranks = np.arange(1 - samples, samples, 2) / (samples * (samples - 1))
-    distance = 2 * np.tensordot(ranks.astype(np.float32), np.sort(draws, axis=0), 1)
-    rmse = np.sqrt(np.square(error).mean(axis=(1, 2, 3), keepdims=True))
-    x = error / rmse
-    gaussian = rmse * (x * (2 * norm.cdf(x) - 1) + 2 * norm.pdf(x) - 1 / math.sqrt(math.pi))
-    compared = {
-        "error": error,
-        "deviation": draws.std(axis=0, ddof=1),
-        "crps": np.abs(draws - clean).mean(axis=0) - distance / 2,
-        "gaussian": gaussian,
-        "rank": (draws < clean).sum(axis=0),
-        "first half's deviation": halves[0].std(axis=0, ddof=1),
-        "second half's rank": (halves[1] < clean).sum(axis=0),
-    }
-    return {key: value.ravel() for key, value in compared.items()}
-
-
-def compare_blocks(clean, draws):
-    """What `compare_draws` returns, of means of blocks, by their side in pixels."""
-    return {side: compare_draws(block_means(clean, side), block_means(draws, side)) for side in CRPS_WEIGHTS}
-
-
-def measure_posterior(encoder, decoder, clean, sigma, samples=POSTERIOR_SAMPLES):
-    """Measure draws of the posterior by the protocol's noise.
-
-    Args:
-        encoder, decoder: Saved models.
-        clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
-        sigma: Of the noise, on the 0-255 scale.
-        samples: Draws of each image.
-
-    Returns:
-        Dict: by block side in pixels what `compare_draws` returns, and by name arrays (N,): PSNR in dB of the
-        `posterior mean` that ships as the autoencoder, of the `mean of draws` and of `one draw`, and the
-        `expected` PSNR of the posterior mean, from what draws differ from it; and `samples`, their number.
-    """
-    rng = np.random.default_rng(TEST_NOISE_SEED)
-    parts, count = [], util.batch_size_for(clean, POSTERIOR_AT_ONCE, 48)
-    for start in range(0, len(clean), count):
-        images = clean[start : start + count]
-        noisy = add_noise(images, sigma, rng)
-        mean, draws = decoded_draws(encoder, decoder, noisy, samples, (util.DRAWS_SEED, start))
-        measured = compare_blocks(util.to_float(images), draws)
-        shown = {"posterior mean": mean, "mean of draws": draws.mean(axis=0), "one draw": draws[0]}
-        measured |= {label: util.psnr(images, util.to_uint8(image)) for label, image in shown.items()}
-        expected = np.square(np.clip(draws, 0, 1) - np.clip(mean, 0, 1)).mean(axis=(0, 2, 3, 4))
-        parts.append(measured | {"expected": -10 * np.log10(expected)})
-    joined = keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
-    return joined | {"samples": samples}
-
-
-def covered(rank, samples, share):
-    """For each true value 1 if it lies in the central interval that holds this share of the draws, else 0.
-
-    Among K draws the true value has one of K + 1 ranks, equally likely if draws are calibrated. A rank that
-    an end of the interval divides counts in part. The mean over all values is the coverage.
-    """
-    low, margin = rank / (samples + 1), (1 - share) / 2
-    inside = np.minimum(low + 1 / (samples + 1), 1 - margin) - np.maximum(low, margin)
-    return np.clip(inside * (samples + 1), 0, 1)
-
-
-def covered_by_tenth(compared, samples):
-    """Coverage of the 90 % interval in each tenth of the values, from the least predicted deviation up.
-
-    Deviation and interval are of different draws. Were they of the same, the first tenth would gather the
-    values whose interval is too narrow by chance: 0.84 of 64 exact draws.
-    """
-    inside = covered(compared["second half's rank"], samples - samples // 2, 0.9)
-    by_deviation = inside[np.argsort(compared["first half's deviation"])]
-    return [float(tenth.mean()) for tenth in np.array_split(by_deviation, min(10, len(inside)))]
-
-
-def spread_to_skill(compared, samples):
-    """Root mean square of the draws' deviation over that of their mean's error, 1 if they are calibrated."""
-    variance = np.square(compared["deviation"]).mean(dtype=np.float64) * (1 + 1 / samples)
-    error = np.square(compared["error"]).mean(dtype=np.float64)
-    return math.sqrt(variance / error) if error else math.inf
-
-
-def calibration_rows(measured, sigma):
-    """Rows of the table of calibration, one for each block side; `measured` by `measure_posterior`."""
-    rows, samples = [], measured["samples"]
-    for side in CRPS_WEIGHTS:
-        compared = measured[side]
-        inside = {share: covered(compared["rank"], samples, share) for share in INTERVALS}
-        tenths = covered_by_tenth(compared, samples)
-        rows.append(
-            {"sigma": sigma, "block": f"{side}x{side}", "spread/skill": spread_to_skill(compared, samples)}
-            | {f"{share:.0%} covers": float(values.mean()) for share, values in inside.items()}
-            | {"tenths, least": min(tenths), "tenths, most": max(tenths)}
-            | {"CRPS": 255 * float(compared["crps"].mean(dtype=np.float64))}
-            | {"CRPS, Gaussian": 255 * float(compared["gaussian"].mean(dtype=np.float64))}
-        )
-    return rows
-
-
-def quality_row(measured, sigma):
-    """PSNR of what is decoded, and how well it is predicted; `measured` by `measure_posterior`."""
-    labels = ("posterior mean", "mean of draws", "one draw")
-    psnr = {f"{label} PSNR": float(measured[label].mean()) for label in labels}
-    true, expected = measured["posterior mean"], measured["expected"]
-    predicted = {"expected PSNR": float(expected.mean())}
-    predicted["correlation"] = float(np.corrcoef(true, expected)[0, 1]) if len(true) > 1 else None
-    return {"sigma": sigma} | psnr | predicted
-
-
-def code_rows(encoder, clean):
-    """Rows by code: its KL from N(0, I) in nats, mean over latents and images, and the share of active units.
-
-    The noise is of SHOWN_SIGMA. Active are the channels whose mean has a variance above 0.01 (Burda, Grosse,
-    Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016); None for detail codes, whose mean is zero.
-    """
-    outputs = encoder.predict(add_noise(clean, SHOWN_SIGMA), verbose=0)
-    levels = range(1, len(util.level_means(outputs)) + 1)
-    names = [f"{kind} of level {level}" for kind in ("z", "detail") for level in levels]
-    rows = []
-    for name, (mean, log_var) in zip(names, util.code_pairs(outputs), strict=True):
-        kl = ops.convert_to_numpy(kl_divergence(mean, log_var)) / mean[0].size
-        active = float((mean.var(axis=(0, 1, 2)) > 0.01).mean()) if name.startswith("z") else None
-        rows.append({"code": name, "KL per latent": float(kl.mean()), "active units": active})
-    return rows
-
-
-def posterior_figure(encoder, decoder, clean, by_sigma):
-    """Draws of some images, deviation beside error on one scale, and how well both agree over many images.
-
-    Args:
-        encoder, decoder: Saved models.
-        clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
-        by_sigma: Dict of what `measure_posterior` returned.
-    """
+def posterior_figure(encoder, decoder, clean, blocks, samples):
+    """Draws of some images, deviation beside error on one scale, and how well both agree over many images."""
     noisy = add_noise(clean, SHOWN_SIGMA)
-    mean, draws = decoded_draws(encoder, decoder, noisy)
+    mean, draws = decoded_draws(encoder, decoder, noisy, samples)
     deviation = 255 * np.sqrt(np.square(draws - mean).mean(axis=(0, -1)))
     error = 255 * np.sqrt(np.square(mean - util.to_float(clean)).mean(axis=-1))
     shown = {f"noisy, sigma {SHOWN_SIGMA}": util.to_uint8(noisy), "mean": util.to_uint8(mean)}
@@ -818,63 +683,53 @@ def posterior_figure(encoder, decoder, clean, by_sigma):
     rows = [(label, images, util.psnr_captions(clean, images)) for label, images in shown.items()]
     for label, maps in (("deviation", deviation), ("error", error)):
         rows.append((label, maps, [f"{np.sqrt(np.square(values).mean()):.1f}" for values in maps]))
-    figure = Figure(figsize=(1.35 * SHOWN + 4.8, 1.55 * (len(rows) + 1)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.35 * SHOWN, 4.8))
-    title = "Draws of the codes; deviation and error in grey levels, on one scale of colours"
+    figure = Figure(figsize=(1.35 * SHOWN + 5.4, 1.55 * (len(rows) + 1)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35 * SHOWN + 0.6, 4.8))
+    title = "Draws of the codes; deviation of the draws beside the error of the mean"
     util.rows_figure([*rows, ("clean", clean, None)], title, figure=left, unit="grey levels")
-    title = f"{len(by_sigma[SHOWN_SIGMA]['expected'])} test images, sigma {SHOWN_SIGMA}"
-    util.curves_figure(calibration_panels(by_sigma[SHOWN_SIGMA]), title, figure=right)
-    right.axes[1].set_ylim(bottom=0)  # else chance would look like a misfit
+    panels, chance = calibration_panels(blocks, samples)
+    util.curves_figure(panels, f"{samples} draws, sigma {SHOWN_SIGMA}", figure=right)
+    histogram = right.axes[1]
+    histogram.axhspan(1 - chance, 1 + chance, color="0.9", zorder=0)
+    highest = max(chance, *(abs(np.subtract(line.get_ydata(), 1)).max() for line in histogram.lines))
+    histogram.set_ylim(max(0, 1 - 1.1 * highest), 1 + 1.1 * highest)
     return figure
 
 
-def calibration_panels(measured):
-    """Panels for `util.curves_figure`: reliability of central intervals, and histogram of the truth's rank.
-
-    Args:
-        measured: What `measure_posterior` returned.
-    """
-    samples, shares = measured["samples"], np.linspace(0.05, 0.95, 19)
+def calibration_panels(blocks, samples):
+    """Panels of `util.curves_figure`; and how far from 1 chance moves as many independent means of 8x8."""
+    shares, edges = np.linspace(0.05, 0.95, 19), np.linspace(-0.5, samples + 0.5, RANK_BINS + 1)
     reliability, histogram = {}, {}
-    for side in CRPS_WEIGHTS:
+    for side, compared in blocks.items():
         label = f"means of {side}x{side}" if side > 1 else "pixels"
-        shown = [covered(measured[side]["rank"], samples, share).mean() for share in shares]
-        reliability[label] = shares, shown
-        counts, edges = np.histogram(measured[side]["rank"], np.linspace(-0.5, samples + 0.5, RANK_BINS + 1))
-        density = counts / counts.sum() / np.diff(edges) * (samples + 1)
-        histogram[label] = (edges[:-1] + edges[1:]) / 2 / samples, density
+        reliability[label] = shares, [coverage(compared["rank"], samples, share) for share in shares]
+        counts, _ = np.histogram(compared["rank"], edges)
+        histogram[label] = (edges[:-1] + edges[1:]) / 2 / samples, RANK_BINS * counts / counts.sum()
     reliability["calibrated"], histogram["calibrated"] = (shares, shares), ((0, 1), (1, 1))
+    chance = 2 * math.sqrt((RANK_BINS - 1) / counts.sum())  # two deviations
     return [
         ("central interval of the draws", "share of true values in it", reliability),
-        ("share of draws below the truth", "density", histogram),
-    ]
+        ("share of draws below the truth", "density; grey: by chance", histogram),
+    ], chance
 
 
 def expected_figure(by_sigma, title):
     """Expected against true PSNR of each test image, a colour for each sigma."""
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axis = figure.subplots()
-    for sigma, measured in by_sigma.items():
-        axis.plot(measured["expected"], measured["posterior mean"], ".", markersize=3, label=f"sigma {sigma}")
+    for sigma, (_, psnrs) in by_sigma.items():
+        axis.plot(psnrs["expected"], psnrs["posterior mean"], ".", label=f"sigma {sigma}")
     low, high = axis.get_xlim()
     axis.plot((low, high), (low, high), color="black", linewidth=0.8)
-    axis.set(xlabel="expected PSNR in dB, from the noisy image alone", ylabel="true PSNR in dB")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    axis.set_title(title, fontsize=10)
+    axis.set(xlabel="expected PSNR in dB, by the draws alone", ylabel="true PSNR in dB", title=title)
+    axis.legend()
     return figure
 
 
 def feature_figure(encoder, clean):
-    """The channels of each level's z_mean of the image that varies most, each scaled to its own range.
-
-    Args:
-        encoder: Saved model.
-        clean: uint8 array (N, H, W, 3) of whole cells, as `Data.in_cells` cuts them.
-    """
-    rows, chosen = [], clean.std(axis=(1, 2, 3)).argmax()
-    outputs = encoder.predict(util.to_float(clean[[chosen]]), verbose=0)
-    for level, mean in enumerate(util.level_means(outputs), start=1):
+    """The channels of each level's z_mean of an image (1, H, W, 3), each scaled to its own range."""
+    rows = []
+    for level, mean in enumerate(util.level_means(encoder.predict(util.to_float(clean), verbose=0)), start=1):
         maps = mean[0].transpose(2, 0, 1)
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         maps = (maps - low) / np.maximum(high - low, 1e-6)
@@ -883,147 +738,100 @@ def feature_figure(encoder, clean):
     return util.rows_figure(rows, "Feature maps of a test image: channels of z_mean, by level", cell=0.7)
 
 
-def single_frame(epoch, clean, noisy, denoised):
-    """One image noisy, denoised and clean; the images are uint8 arrays (N, H, W, 3)."""
-    captions = [f"noisy, sigma {SHOWN_SIGMA}", f"denoised, {util.psnr(clean, denoised)[0]:.1f} dB", "clean"]
-    trio = np.stack([noisy[0], denoised[0], clean[0]])
-    return util.rows_figure([("", trio, captions)], f"epoch {epoch}", cell=2)
-
-
-def group_frame(epoch, clean, noisy, denoised):
-    """All images in rows noisy, denoised, clean."""
-    captions = util.psnr_captions(clean, denoised)
-    rows = [("noisy", noisy, None), ("denoised", denoised, captions), ("clean", clean, None)]
-    return util.rows_figure(rows, f"epoch {epoch}: {util.psnr(clean, denoised).mean():.2f} dB")
-
-
-def read_frame(path):
-    """The images (N, H, W, 3), uint8, that `Frames` kept of an epoch.
-
-    Raises:
-        util.ModelError: the file is damaged.
-    """
-    try:
-        return np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        message = f"{path}: damaged ({util.first_line(error)}); delete it and go on with --resume"
-        raise util.ModelError(message) from None
-
-
 def write_gifs(draft, name, folder, clean, noisy):
-    """Write `gifs/NAME_single.gif` and `gifs/NAME_group.gif`: denoising as the epochs pass.
-
-    `folder` is where `Frames` kept the denoised images of each epoch; `clean` and `noisy` are uint8.
-    """
+    """Write GIFs of what `Frames` has kept in a folder: noisy, denoised, clean of one image and of all."""
     paths = sorted(folder.glob("[0-9]*.npy"))  # a kill may have left a temporary file among them
-    paths = [
-        paths[index] for index in np.unique(np.linspace(0, len(paths) - 1, GIF_FRAMES).round().astype(int))
-    ]
-    for kind, draw in (("single", single_frame), ("group", group_frame)):
-        figures = (draw(int(path.stem), clean, noisy, read_frame(path)) for path in paths)
+    chosen = np.unique(np.linspace(0, len(paths) - 1, GIF_FRAMES).round().astype(int))
+    for kind, count, cell in (("single", 1, 2.4), ("group", SHOWN, 1.35)):
+        figures = []
+        for path in (paths[index] for index in chosen):
+            denoised = np.load(path)[:count]
+            captions = util.psnr_captions(clean[:count], denoised)
+            rows = [("noisy", util.to_uint8(noisy[:count]), None), ("denoised", denoised, captions)]
+            title = f"training step {int(path.stem):,}, sigma {SHOWN_SIGMA}"
+            figures.append(util.rows_figure([*rows, ("clean", clean[:count], None)], title, cell))
         util.save_gif(figures, draft / f"gifs/{name}_{kind}.gif")
 
 
 def write_sample_maps(draft, name, encoder, data):
     """Write the feature maps of the clean test images and of some clean training images, and a figure."""
-    counts = {"test": len(data.images["test"]), "train": FEATURE_MAP_TRAIN_IMAGES}
-    for split, count in counts.items():
+    height, width = data.images["test"].shape[1:3]
+    for split, count in (("test", len(data.images["test"])), ("train", FEATURE_MAP_TRAIN_IMAGES)):
         chosen = evenly(len(data.images[split]), count)
-        height, width = data.images["test"].shape[1:3]
         images, labels = data.images[split][chosen, :height, :width], data.labels[split][chosen]
         attributes = {"run": name, "dataset": data.name, "split": split, "sigma": 0.0, "pooling": 0}
         path = draft / f"feature_maps/{name}_{split}.h5"
         util.write_feature_maps(path, partial(util.encode, encoder), images, labels, attributes)
-    figure = feature_figure(encoder, data.first("test", SHOWN))
+    figure = feature_figure(encoder, data.shown("test", 1))
     util.save_figure(figure, draft / f"feature_maps/{name}.png")
 
 
 def write_run(args, models, encoder, decoder, data, rows, more=None):
-    """Write everything that a training run leaves behind, all at once.
-
-    Args:
-        args: Arguments of the run.
-        models: Dict of autoencoders to compare by run, the run's own among them.
-        encoder, decoder: Of the run.
-        data: `load_data.Data`.
-        rows: Metrics of each epoch.
-        more: What else the run record should tell.
-    """
+    """Write all that a training leaves behind; `models` are autoencoders to compare, by run, its own last."""
     name, frames = args.name, util.training_folder(args.out, args.name) / "frames"
     models = {label: util.portable_copy(model) for label, model in models.items()}
     encoder, decoder = util.portable_copy(encoder), util.portable_copy(decoder)
-    parts = {"encoder": encoder, "decoder": decoder, "autoencoder": models[name]}
     with util.publishing(args.out, name) as draft:
-        for part, model in parts.items():
+        for part, model in (("encoder", encoder), ("decoder", decoder), ("autoencoder", models[name])):
             util.save_model(draft, model, f"{part}_{name}")
         util.write_csv(draft / f"logs/{name}.csv", rows)
-        if frames.exists():
-            clean, noisy = gif_images(data)
-            write_gifs(draft, name, frames, clean, util.to_uint8(noisy))
-        write_sample_maps(draft, name, encoder, data)
         record = util.describe_run(args, rows) | {"data": data.identity}
         record["best"] = util.best_row(rows, "val_psnr")
         record["training_images"] = len(data.images[data.denoiser_split])
-        record["pixels_seen"] = seen_pixels(rows, data.images["test"])
-        results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES)
+        record["pixels_seen"] = sum(row.get("pixels", 0) for row in rows)
+        results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES, *QUICK_DRAWS)
+        print("Writing figures and feature maps", flush=True)
+        draw_results(draft, name, models, encoder, decoder, data, by_sigma, QUICK_DRAWS[1])
         util.save_figures(draft, name, {"history": util.history_figure(rows, METRICS, name)})
-        draw_results(draft, name, models, encoder, decoder, data, by_sigma)
+        if frames.exists():
+            write_gifs(draft, name, frames, *gif_images(data))
+        write_sample_maps(draft, name, encoder, data)
         util.write_record(draft, name, record | (more or {}) | results)
-    print(f"Written to {args.out}: all files of {name}")
+    shown = "reconstructions" if data.shown_picture is None else "picture"
+    print(f"Written to {args.out}: all files of {name}; first look at figures/{name}_{shown}.png")
 
 
-def seen_pixels(rows, images):
-    """Pixels of the training patches of all epochs by stage; images have the patches' shape."""
-    seen = Counter()
-    for row in rows:
-        seen[row["stage"]] += row.get("images", 0) * math.prod(images.shape[1:3])
-    return dict(seen)
-
-
-def draw_results(draft, name, models, encoder, decoder, data, by_sigma):
+def draw_results(draft, name, models, encoder, decoder, data, by_sigma, samples):
     """Write the figures of what `measure_and_print` measured, `figures/NAME_*.png`."""
-    shown = data.first("test", SHOWN)
+    shown = data.shown("test", SHOWN)
     figures = {
         "reconstructions": reconstruction_figure(models, shown),
         "sweep": sweep_figure(models, data.first("test", SWEEP_IMAGES)),
-        "posterior": posterior_figure(encoder, decoder, shown, by_sigma),
+        "posterior": posterior_figure(encoder, decoder, shown, by_sigma[SHOWN_SIGMA][0], samples),
         "expected": expected_figure(by_sigma, name),
     }
+    if data.shown_picture is not None:
+        figures["picture"] = picture_figure(models[name], data.shown_picture)
     util.save_figures(draft, name, figures)
 
 
-def measure_and_print(models, encoder, decoder, data, count):
-    """Evaluate on the first `count` test images and print the tables.
-
-    Returns:
-        The tables, as a part of the run record, and a dict by sigma of what `measure_posterior` returns.
-    """
-
-    def title(images):
-        return f"{data.name}, {len(images)} images of {images.shape[2]}x{images.shape[1]}"
-
+def measure_and_print(models, encoder, decoder, data, count, pixels, samples):
+    """Measure and print; return the tables for the record, and by sigma what `measure_posterior` returns."""
     clean = data.first("test", count)
+    size = f"images of {clean.shape[2]}x{clean.shape[1]}"
     table = evaluate(blind(models), clean)
-    print(f"The first {len(clean):,} test images of {data.name}, PSNR in dB and SSIM:")
+    print(f"\nPSNR in dB and SSIM of the first {len(clean):,} test {size} of {data.name}, white noise:")
     print(util.format_table(table), flush=True)
-    results = {"evaluation": {title(clean): table}}
-    clean = clean[: max(1, POSTERIOR_PIXELS // math.prod(clean.shape[1:3]))]
-    draws = f"{POSTERIOR_SAMPLES} draws of each of the first {len(clean):,}"
-    print(f"{draws}, at single pixels and means of blocks, CRPS in grey levels:", flush=True)
-    by_sigma = {sigma: measure_posterior(encoder, decoder, clean, sigma) for sigma in POSTERIOR_SIGMAS}
-    calibration = [row for sigma in by_sigma for row in calibration_rows(by_sigma[sigma], sigma)]
-    quality = [quality_row(by_sigma[sigma], sigma) for sigma in by_sigma]
-    tables = calibration, quality, code_rows(encoder, clean)
-    for rows in tables:
-        print(util.format_table(rows), end="\n\n")
-    return results | {"posterior": {title(clean): tables}}, by_sigma
+    results = {"evaluation": {f"{data.name}, {len(clean)} {size}": table}}
+    clean = clean[: max(1, pixels // math.prod(clean.shape[1:3]))]
+    by_sigma, calibration, quality = {}, [], []
+    for sigma in POSTERIOR_SIGMAS:
+        blocks, psnrs = measure_posterior(encoder, decoder, clean, sigma, samples)
+        by_sigma[sigma] = blocks, psnrs
+        calibration += calibration_rows(blocks, samples, sigma)
+        row = {"sigma": sigma} | {f"{label} PSNR": float(values.mean()) for label, values in psnrs.items()}
+        row["correlation"] = float(np.corrcoef(psnrs["posterior mean"], psnrs["expected"])[0, 1])
+        quality.append(row)
+    print(f"\n{samples} draws of each of the first {len(clean):,}. {CALIBRATION_EXPLAINED}")
+    print(util.format_table(calibration))
+    print(f"\n{QUALITY_EXPLAINED}")
+    print(util.format_table(quality), flush=True)
+    results["posterior"] = {f"{data.name}, {len(clean)} {size}, {samples} draws": (calibration, quality)}
+    return results, by_sigma
 
 
 def evaluate_saved(args):
-    """Evaluate a saved run, beside the one it is stacked on, and add the result to its record.
-
-    Its figures are drawn anew if data, --size and --images are those of the training.
-    """
+    """Evaluate a saved run; draw its figures anew if data, --size and --images are those of the training."""
     with util.locked(args.out, args.name):
         record = util.read_record(args.out, args.name)
         names = [record["base"], args.name] if record.get("base") else [args.name]
@@ -1033,15 +841,17 @@ def evaluate_saved(args):
         trained_size = util.size_of_run(record, dataset_name(dataset))
         data = load_data(dataset, args.data_dir, args.size or trained_size)
         data = data.in_cells(util.STRIDE)
-        results, by_sigma = measure_and_print(models, *parts, data, args.images)
+        results, by_sigma = measure_and_print(models, *parts, data, args.images, *ALL_DRAWS)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
+        written = f"record of {args.name}"
         with util.publishing(args.out, args.name) as draft:
             same_data = record.get("data") == data.identity and args.size in (None, trained_size)
-            if drawn := same_data and args.images == TEST_IMAGES:
-                draw_results(draft, args.name, models, *parts, data, by_sigma)
+            if same_data and args.images == TEST_IMAGES:
+                draw_results(draft, args.name, models, *parts, data, by_sigma, ALL_DRAWS[1])
+                written += " and figures"
             util.write_record(draft, args.name, record | results)
-    print(f"Written to {args.out}: record of {args.name}{', and figures' * drawn}")
+    print(f"Written to {args.out}: {written}")
 
 
 def root_mean_square(errors):

@@ -1342,7 +1342,9 @@ def rows_figure(rows, title="", cell=1.35, figure=None, unit=None):
                 axis.set_axis_off()
                 continue
             scale = {} if images.ndim == 4 else {"cmap": "magma", "vmin": 0, "vmax": highest}
-            drawn = axis.imshow(images[column], interpolation="nearest", **scale)
+            # nearest would drop pixels of a picture that is larger than its cell
+            method = "nearest" if images.shape[2] < 100 * cell else "antialiased"
+            drawn = axis.imshow(images[column], interpolation=method, **scale)
             if captions is not None:
                 axis.set_xlabel(captions[column], fontsize=8)
         line[0].set_ylabel(label, fontsize=9)

@@ -114,6 +114,7 @@ def shrink(patch):
     patch(simple, "SHOWN", 2)
     patch(simple, "SWEEP", (25, 50))
     patch(simple, "POSTERIOR_SIGMAS", (25, 50))
+    patch(simple, "ALL_DRAWS", simple.QUICK_DRAWS)
 
 
 def printed_by(script, *arguments, output=None):

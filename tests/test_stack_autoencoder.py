@@ -255,8 +255,9 @@ def test_evaluate_shows_simple_beside_stacked(stacked, tmp_path):
     assert table_rows(again) == table_rows(stacked.printed)
     printed_by(stack, "evaluate", "--dataset=photos", "--size=32", "--images=2", "--out", out)
     record = util.read_record(out, STACKED)
-    for part in ("evaluation", "posterior"):  # the later one does not push out the earlier
-        assert list(record[part]) == ["photos, 16 images of 24x24", "photos, 2 images of 32x32"]
+    for part, draws in (("evaluation", ""), ("posterior", ", 25 draws")):  # the later keeps the earlier
+        titles = [f"photos, 16 images of 24x24{draws}", f"photos, 2 images of 32x32{draws}"]
+        assert list(record[part]) == titles
 
 
 def test_picture_is_sampled_from_the_command_line(stacked, tmp_path):
