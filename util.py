@@ -63,6 +63,7 @@ except ImportError:  # Windows: no advisory locks, so two runs of one name are n
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
 GIF_FRAME_MS = 250
+PROGRESS_SECONDS = 10  # between two lines that show how far some work is
 BATCH, BATCH_SIDE = 250, 96  # images of up to such a side that are computed at a time, outside training
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
 PART_PREFIXES = tuple(f"{part}_" for part in PARTS)  # of the names of their files
@@ -227,13 +228,13 @@ def saved_folder(text):
 
 
 def progress(total, label):
-    """Function to call with how much more is done: prints a line every ten seconds and at the end."""
+    """Function to call with how much more is done: prints a line every ten seconds."""
     done, printed = 0, time.monotonic()
 
     def advance(count=1):
         nonlocal done, printed
         done += count
-        if done >= total or time.monotonic() - printed >= 10:
+        if time.monotonic() - printed >= PROGRESS_SECONDS:
             print(f"{label}: {done:,} of {total:,}", flush=True)
             printed = time.monotonic()
 
@@ -996,24 +997,20 @@ class Checkpoint(keras.callbacks.Callback):
 
         Returns:
             Number of epochs done.
-
-        Raises:
-            ModelError: not a checkpoint, or one of another architecture.
         """
-        path = self.path
-        if not path.exists():
+        if not self.path.exists():
             return 0
         try:
-            with h5py.File(path) as file:
+            with h5py.File(self.path) as file:
                 rows = json.loads(file["history"].asstr()[()])
         except (OSError, KeyError, ValueError):
-            raise ModelError(f"{path}: damaged checkpoint; {self.remedy}") from None
-        self.load(path)
+            raise ModelError(f"{self.path}: damaged checkpoint; {self.remedy}") from None
+        self.load(self.path)
         self.rows = rows
         return len(rows)
 
     def load(self, path):
-        """Load one of the two weights files into the model; raises ModelError."""
+        """Load one of the two weights files into the model."""
         try:
             with warnings.catch_warnings(action="ignore"):  # of every layer of another model
                 self.model.load_weights(path)
@@ -1024,18 +1021,15 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.monotonic()
 
-    def on_train_batch_end(self, batch, logs=None):
-        # the mean loss of the epoch stays NaN; to look at it makes the GPU wait
-        looks = batch % 100 == 0 or batch + 1 == (self.params or {}).get("steps")
-        if looks and not np.isfinite(float(logs["loss"])):
-            raise FloatingPointError(f"loss is {float(logs['loss'])} at batch {batch + 1}")
+    def on_test_end(self, logs=None):
+        value = float(logs[self.monitor.removeprefix("val_")])
+        if not np.isfinite(value):  # before anything is made of this epoch's weights
+            raise FloatingPointError(f"{self.monitor} is {value} after epoch {len(self.rows) + 1}")
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1} | {key: float(value) for key, value in (logs or {}).items()}
         row["seconds"] = round(time.monotonic() - self._started, 1)
         row["hardware"] = environment()["hardware"]  # a run may be resumed on another machine
-        if not np.isfinite(row[self.monitor]):
-            raise FloatingPointError(f"{self.monitor} is {row[self.monitor]} after epoch {epoch + 1}")
         if best_row([*self.rows, row], self.monitor) is row:
             with atomic(self.best_path) as path:
                 write_weights(path, self.model)
@@ -1043,15 +1037,6 @@ class Checkpoint(keras.callbacks.Callback):
         with atomic(self.path) as path:
             write_weights(path, self.model, self.rows)
         write_csv(self.folder / "epochs.csv", self.rows)
-
-
-@functools.cache
-def _has_tensorboard():
-    """Whether TensorBoard is installed; a notice where it is not."""
-    there = all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard"))
-    if not there:
-        print("TensorBoard logs are left out: they need the packages tensorflow and tensorboard.")
-    return there
 
 
 def processes():
@@ -1257,6 +1242,18 @@ class _StopBetweenBatches(keras.callbacks.Callback):
     on_train_batch_end = on_test_batch_end = on_predict_batch_end = on_epoch_end = on_train_end = stop
 
 
+class _PrintSteps(keras.callbacks.Callback):
+    """Print a line now and then within an epoch, where `fit` has no terminal for its bar."""
+
+    def on_train_begin(self, logs=None):
+        self.printed = time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if time.monotonic() - self.printed >= 3 * PROGRESS_SECONDS:
+            print(f"step {batch + 1:,} of {self.params['steps']:,}, loss {logs['loss']:.4f}", flush=True)
+            self.printed = time.monotonic()
+
+
 def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage=""):
     """Train a compiled model, keeping a checkpoint after every epoch; go on from one that is there.
 
@@ -1273,22 +1270,23 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
 
     Returns:
         The metrics, a dict for each epoch.
-
-    Raises:
-        ModelError: the loss became NaN, the checkpoint is damaged, another process has ended, or more epochs
-            are asked for than before and a later stage has begun.
     """
     model.optimizer.build(model.trainable_variables)
     checkpoint = Checkpoint(folder / stage, monitor)
     checkpoint.set_model(model)
     done = checkpoint.restore()
-    for later in folder.glob("*/checkpoint.weights.h5") if 0 < done < epochs else ():
-        if later.stat().st_mtime > checkpoint.path.stat().st_mtime:  # it holds this stage's weights of then
-            raise ModelError(f"{later}: {later.parent.name} has begun; resume with the epochs of before")
+    if 0 < done < epochs:
+        for later in folder.glob("*/checkpoint.weights.h5"):
+            if later.stat().st_mtime > checkpoint.path.stat().st_mtime:  # it began with this stage's weights
+                raise ModelError(f"{later}: {later.parent.name} has begun; resume with the epochs of before")
     checkpoint.rows = broadcast_json(checkpoint.rows)
     callbacks = [*callbacks, checkpoint]  # which comes last, when all else of the epoch is on disk
-    if _has_tensorboard():
+    if all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard")):
         callbacks.insert(0, keras.callbacks.TensorBoard(folder / "tensorboard" / stage, write_graph=False))
+    if not sys.stdout.isatty():
+        callbacks.insert(0, _PrintSteps())
+    if stage and len(checkpoint.rows) < epochs:
+        print(f"Stage {stage}:", flush=True)
     try:
         with _StopBetweenBatches() as stop, _on_all_devices(model, batches, validation) as fed:
             model.fit(
@@ -1299,14 +1297,14 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
                 shuffle=False,
                 verbose=1 if sys.stdout.isatty() else 2,
             )
-    except (RuntimeError, FloatingPointError) as error:
-        if stop.noted:  # the others have stopped first
-            raise KeyboardInterrupt from None
-        if isinstance(error, RuntimeError):
-            with _together():
-                raise
+    except FloatingPointError as error:
         remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
         raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
+    except RuntimeError:
+        if stop.noted:  # the other processes have stopped first
+            raise KeyboardInterrupt from None
+        with _together():
+            raise
     if is_first():
         checkpoint.load(checkpoint.best_path)
     model.set_weights(broadcast(model.get_weights()))
@@ -1439,15 +1437,23 @@ def save_figures(out, name, figures):
 
 
 def save_gif(figures, path):
-    """Write matplotlib figures of one size, one after another, as an endless GIF; the last stays longer."""
-    frames = []
+    """Write matplotlib figures of one size, one after another, as an endless GIF; the last stays longer.
+
+    Equal figures in a row are one frame that stays as long as they would: the writer merges them, and would
+    give the others their durations.
+    """
+    frames, durations = [], []
     for figure in figures:
         canvas = FigureCanvasAgg(figure)
         figure.set_dpi(72)
         canvas.draw()
-        frames.append(np.asarray(canvas.buffer_rgba())[..., :3])
-    durations = [GIF_FRAME_MS] * (len(frames) - 1) + [6 * GIF_FRAME_MS]
-    iio.imwrite(path, np.stack(frames), duration=durations if len(frames) > 1 else GIF_FRAME_MS, loop=0)
+        frame = np.array(canvas.buffer_rgba())[..., :3]
+        if not frames or (frame != frames[-1]).any():
+            frames.append(frame)
+            durations.append(0)
+        durations[-1] += GIF_FRAME_MS
+    durations[-1] += 5 * GIF_FRAME_MS
+    iio.imwrite(path, np.stack(frames), duration=durations if len(frames) > 1 else durations[0], loop=0)
 
 
 def encode(encoder, images):
