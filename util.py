@@ -1061,10 +1061,8 @@ def is_alone():
 def join_processes():
     """Join the processes that train together, if Keras' environment variables say that there are several.
 
-    From then on the first one alone writes and tells. Nothing may have been computed before.
-
-    Raises:
-        ModelError: they cannot join.
+    All run the same program, each on its part of every batch; the first one alone writes and prints. Nothing
+    may have been computed before.
     """
     if "KERAS_DISTRIBUTION_NUM_PROCESSES" not in os.environ:
         return
@@ -1076,17 +1074,12 @@ def join_processes():
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"KERAS_DISTRIBUTION_*: the processes cannot join ({first_line(error)})") from None
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has set its own, which ignores it
-    import jax
-
-    rank, count = processes()
-    if rank:
+    if not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if jax.device_count() != count * jax.local_device_count():
-        raise ModelError(f"{jax.device_count()} devices: {count} processes need as many each")
 
 
 def _disconnect():
-    """Wait until all processes are here; from then on none ends because another does."""
+    """Wait until all processes are here; from then on none is aborted because another ends."""
     if not is_alone():
         import jax
 
@@ -1096,15 +1089,14 @@ def _disconnect():
 
 @contextlib.contextmanager
 def _together():
-    """Tell in one line when another of several processes has ended."""
+    """Say in one line that another of several processes has ended."""
     try:
         yield
     except RuntimeError as error:
         if is_alone():
             raise
-        raise ModelError(
-            f"another process has ended ({first_line(error)}); start all of them again with --resume"
-        ) from None
+        remedy = "start all of them again with --resume"
+        raise ModelError(f"another process has ended ({first_line(error)}); {remedy}") from None
 
 
 def broadcast(arrays):
@@ -1125,14 +1117,7 @@ def broadcast_json(value):
 
 
 def check_same_settings(values):
-    """Check that all processes have the same settings, before gloo or NCCL aborts or replicas differ.
-
-    Args:
-        values: Dict by name.
-
-    Raises:
-        ModelError: they differ; every process reports it.
-    """
+    """Refuse, in all processes, a dict of settings that differ: JAX would hang, or train replicas apart."""
     if is_alone():
         return
     from jax.experimental import multihost_utils
@@ -1165,19 +1150,11 @@ def _on_all_devices(model, batches, validation):
     """Let `model.fit` use all devices that JAX sees, those of processes that have joined among them.
 
     Each device holds all variables and computes a part of every batch (`keras.distribution.DataParallel`),
-    which gives the weights that one device would give. A single process leaves out devices that cannot
-    share a batch evenly; several refuse.
-
-    Args:
-        model: Built and compiled model; the first process's weights and optimizer count.
-        batches: `load_data.Batches`.
-        validation: Inputs and targets.
+    which gives the weights that one device would give. The first process's weights and optimizer count. A
+    single process leaves out devices that cannot share a batch evenly; several refuse.
 
     Yields:
         Arguments of `model.fit`: batches and validation as this process has to feed them.
-
-    Raises:
-        ModelError: the processes do not fit together, or their devices cannot share a batch evenly.
     """
     (rank, count), size = processes(), batches.batch_size
     devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
