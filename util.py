@@ -723,6 +723,11 @@ def start_from(model, out, run, part=None):
         ) from None
 
 
+def load_run(out, run):
+    """Autoencoder, encoder and decoder of a denoiser's run; the last two tell `denoise_picture` the error."""
+    return [load_model(out, run, part) for part in ("autoencoder", "encoder", "decoder")]
+
+
 def batch_size_for(images, count=BATCH, side=BATCH_SIDE):
     """How many images (N, H, W, 3) to compute at a time: `count` of up to this side, of larger ones fewer."""
     return max(1, min(count, count * side**2 // math.prod(images.shape[1:3])))

@@ -867,16 +867,6 @@ def test_curves_have_ticks_at_their_values_and_a_legend_beside_them():
     assert [axis.get_xticks().tolist() for axis in marked] == [[10, 30], [10, 30]]
 
 
-def test_curves_that_coincide_both_show(tmp_path):
-    values = (15, 25, 50)
-    curves = dict.fromkeys(("simple", "stacked"), (values, values))
-    util.save_figure(util.curves_figure([("sigma", "PSNR", curves)]), tmp_path / "curves.png")
-    pixels = iio.imread(tmp_path / "curves.png")
-    plot = pixels[: len(pixels) * 3 // 4]  # above the legend
-    for colour in ((31, 119, 180), (255, 127, 14)):  # of the first and the second curve
-        assert share_of(colour, plot) * plot[..., 0].size > 100
-
-
 def test_table_is_markdown():
     rows = [{"sigma": 15, "PSNR": 31.456, "SSIM": 0.91234}, {"sigma": 5, "PSNR": 8.0, "SSIM": 0.5}]
     assert util.format_table(rows).splitlines() == [
