@@ -219,7 +219,7 @@ def cluster(args, data, space, transform):
     points = transform(data.images[split], data.labels[split], split)
     different = len({hash(point.tobytes()) for point in points})
     if different < args.clusters:
-        print(f"{space}: {different} clusters, since no more of its {len(points):,} points differ")
+        print(f"{space}: {different} clusters, since only {different} of its {len(points):,} points differ")
     kmeans = KMeans(min(args.clusters, different), random_state=args.seed).fit(points)
     distances = kmeans.transform(points)
     return kmeans, np.argsort(distances, axis=0, kind="stable")[:SHOWN_OF_A_CLUSTER].T

@@ -47,7 +47,7 @@ MOMENTUM = 0.6
 ADAM_SHARE = 0.015  # of the learning rate, for all that is no kernel
 LABEL_SMOOTHING = 0.1
 MEASURED_BATCHES = 40  # for the statistics of averaged weights
-MONITOR = "val_loss"  # the accuracy of 1,000 images tells the best epoch by chance
+MONITOR = "val_loss"  # by the accuracy of 1,000 images, the best epoch would be chance
 
 # what is measured and shown
 SHOWN_SIGMA = 25  # of the confusion matrices
