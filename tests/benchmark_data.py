@@ -1,7 +1,6 @@
 """Measure how many training images a denoiser needs: the stacked autoencoder beside plain DnCNNs.
 
-    python tests/benchmark_data.py                      # CIFAR-10, 500 to 49,000 images
-    python tests/benchmark_data.py --steps 20000        # closer to a full training
+    python tests/benchmark_data.py          # CIFAR-10, 500 to 49,000 images, an hour and a half on two cores
 
 All are trained from scratch, with the same optimizer, noise, steps and images, and take nearly the same
 arithmetic. Prints PSNR at sigma 25 on the first 1,000 test images, and writes `figures/benchmark_data.png`.
@@ -24,6 +23,7 @@ import util
 from load_data import Batches, add_data_options, load_data
 
 import keras
+from benchmark_common import untrained, write_figures
 from benchmark_speed import multiply_accumulates
 from keras import layers
 
@@ -32,12 +32,9 @@ STEPS = 3200  # an epoch of the 49,000
 SIGMA = 25
 
 
-def stacked(seed):
+def stacked():
     """The stacked autoencoder, untrained."""
-    encoder, decoder = simple.build_encoder(), simple.build_decoder()
-    simple.start_as_identity(encoder, decoder)
-    levels = stack.stack_encoder(encoder), stack.stack_decoder(decoder)
-    return simple.DenoisingVAE(*levels, kl_weight=stack.KL_WEIGHT, seed=seed)
+    return simple.DenoisingVAE(*untrained("stacked"), kl_weight=stack.KL_WEIGHT)
 
 
 class FeedForward(simple.DenoisingVAE):
@@ -47,7 +44,7 @@ class FeedForward(simple.DenoisingVAE):
         return self.decoder(self.noisy(images)), []
 
 
-def dncnn(seed, filters=39, convolutions=17, normalize=True):
+def dncnn(filters=39, convolutions=17, normalize=True):
     """DnCNN, untrained; without batch normalization, its convolutions have a bias instead."""
     image = x = keras.Input((None, None, 3))
     x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
@@ -57,12 +54,12 @@ def dncnn(seed, filters=39, convolutions=17, normalize=True):
         x = layers.Activation("relu")(x)
     residual = layers.Conv2D(3, 3, padding="same", dtype="float32")(x)
     network = keras.Model(image, layers.Add(dtype="float32")([image, residual]))
-    return FeedForward(None, network, seed=seed)
+    return FeedForward(None, network)
 
 
-def dncnn_without_bn(seed):
+def dncnn_without_bn():
     """DnCNN without batch normalization, untrained."""
-    return dncnn(seed, normalize=False)
+    return dncnn(normalize=False)
 
 
 def endless(batches):
@@ -72,42 +69,37 @@ def endless(batches):
         yield from (batches[index] for index in range(len(batches)))
 
 
-def trained(build, images, args):
+def trained(build, images, steps):
     """The denoising network that `build` makes, trained on `images` for some steps."""
-    keras.utils.set_random_seed(args.seed)
-    vae = build(args.seed)
-    vae.compile(optimizer=simple.build_optimizer(simple.LEARNING_RATE, args.steps))
-    batches = Batches(images, simple.BATCH_SIZE, args.seed)
-    vae.fit(endless(batches), steps_per_epoch=args.steps, shuffle=False, verbose=0)
+    keras.config.set_dtype_policy(util.fast_precision())
+    keras.utils.set_random_seed(0)
+    vae = build()
+    vae.compile(optimizer=simple.build_optimizer(simple.LEARNING_RATE, steps))
+    batches = Batches(images, simple.BATCH_SIZE)
+    vae.fit(endless(batches), steps_per_epoch=steps, shuffle=False, verbose=0)
+    keras.config.set_dtype_policy("float32")
     if vae.encoder is None:
         return util.portable_copy(vae.decoder)
     return util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_options(parser)
-    parser.add_argument("--out", type=Path, default=util.HERE, help="where figures/ is")
-    parser.add_argument(
-        "--limits", type=util.number(int, 1), nargs="+", default=LIMITS, help="training images"
-    )
-    parser.add_argument("--steps", type=util.number(int, 1), default=STEPS, help="of each training")
-    parser.add_argument("--images", type=util.number(int, 1), default=simple.TEST_IMAGES, help="test images")
-    parser.add_argument("--seed", type=util.number(int, 0), default=0)
+    parser.add_argument("--limits", type=int, nargs="+", default=LIMITS, help="training images")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each training (default: {STEPS:,})")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     data = load_data(args.dataset, args.data_dir, args.size, max(args.limits))
-    clean = data.first("test", args.images)
+    clean = data.first("test", simple.TEST_IMAGES)
     rows, costs = [], {}
     for limit in args.limits:
         rows.append({"training images": limit})
         for build in (stacked, dncnn, dncnn_without_bn):
-            keras.config.set_dtype_policy(util.fast_precision())
-            model = trained(build, data.images[data.denoiser_split][:limit], args)
-            keras.config.set_dtype_policy("float32")
+            model = trained(build, data.images[data.denoiser_split][:limit], args.steps)
             (row,) = simple.evaluate(simple.blind({build.__name__: model}), clean, (SIGMA,))
             rows[-1][f"{build.__name__} PSNR"] = row[f"{build.__name__} PSNR"]
             costs[build.__name__] = multiply_accumulates(model, (32, 32, 3)) / 1e6
@@ -121,9 +113,7 @@ def main(argv=None):
     figure.axes[0].set_xscale("log")
     figure.axes[0].set_xticks(args.limits, args.limits)
     figure.axes[0].minorticks_off()
-    path = args.out / "figures/benchmark_data.png"
-    util.save_figure(figure, path)
-    print(f"Written: {path}")
+    write_figures(util.HERE, {"data": figure})
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
     pip install -r tests/requirements-benchmark.txt
     python tests/benchmark_denoisers.py                          # first 60 CIFAR-10 test images, 5 minutes
-    python tests/benchmark_denoisers.py --images 1000 --without BM3D
-    python tests/benchmark_denoisers.py --dataset my_pictures/   # whole pictures that training leaves out
-    python tests/benchmark_denoisers.py --dataset my_pictures/ --noise jpeg
+    python tests/benchmark_denoisers.py --dataset my_pictures/ --noise jpeg   # what training leaves out
 
 Prints PSNR, SSIM and images per second, and writes `figures/benchmark_DATASET_sigma.png` (PSNR against
 sigma, and the models' lead over BM3D) and `figures/benchmark_DATASET_time.png` (PSNR at sigma 25 against the
@@ -18,25 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import load_data
 import simple_autoencoder as simple
 import util
-from load_data import (
-    BUILT_IN,
-    FEWEST_TO_HOLD_OUT,
-    NOISE_KINDS,
-    DataError,
-    add_data_options,
-    classes_of,
-    dataset_name,
-    image_files,
-    load_data,
-    read_picture,
-    split_pictures,
-)
 
 import bm3d
 import cv2
 import numpy as np
+from benchmark_common import write_figures
 from matplotlib.figure import Figure
 from skimage.restoration import denoise_tv_chambolle, denoise_wavelet
 
@@ -132,62 +119,52 @@ def time_figure(table, labels, denoisers, title):
     return figure
 
 
+def add_options(parser, methods, images):
+    """Add the options that this benchmark shares with `benchmark_noise.py`."""
+    add = parser.add_argument
+    add("--out", type=Path, default=util.HERE, help="where models/, weights/, figures/ are")
+    add("--images", type=int, default=images, help=f"test images to use, at most (default: {images})")
+    add("--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)")
+    add("--self-ensemble", action="store_true", help="measure the models' self-ensemble, too")
+    add("--without", nargs="+", default=[], choices=methods, help="methods to leave out")
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
-    add_data_options(parser)
-    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/, figures/ are")
-    parser.add_argument("--images", type=util.number(int, 1), default=60, help="test images to use, at most")
-    parser.add_argument(
-        "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
-    )
-    parser.add_argument("--noise", choices=NOISE_KINDS, default="white", help="kind of the noise")
-    parser.add_argument("--self-ensemble", action="store_true", help="measure the models' self-ensemble, too")
-    parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    load_data.add_data_options(parser)
+    add_options(parser, CLASSICAL, images=60)
+    parser.add_argument("--noise", choices=load_data.NOISE_KINDS, default="white", help="default: white")
     return parser.parse_args(argv)
 
 
+def chosen_models(args):
+    """Saved autoencoders by name."""
+    names = args.models or util.saved_runs(args.out, "autoencoder")
+    return {name: util.load_model(args.out, name, "autoencoder") for name in names}
+
+
 def held_out_pictures(folder):
-    """The photographs of a folder that make its test split, whole.
-
-    Args:
-        folder: Folder of at least FEWEST_TO_HOLD_OUT images; with fewer, none is held out whole.
-
-    Returns:
-        List of uint8 arrays (H, W, 3), in the order of the file names.
-
-    Raises:
-        DataError: no such folder, or too few images in it.
-    """
-    files = image_files(Path(folder))
-    if len(files) < FEWEST_TO_HOLD_OUT:
-        raise DataError(
-            f"{folder}: its {len(files)} images are all trained on in part; add some, or take others"
-        )
-    splits = split_pictures(list(classes_of(files, Path(folder)).values()))
-    return [read_picture(path) for path, split in zip(files, splits, strict=True) if split == "test"]
+    """The photographs of a folder that training leaves out, whole, sorted by name: uint8 (H, W, 3)."""
+    files = load_data.image_files(Path(folder))
+    if len(files) < load_data.FEWEST_TO_HOLD_OUT:
+        raise load_data.DataError(f"{folder}: its {len(files)} images are all trained on in part; add some")
+    splits = load_data.split_pictures(list(load_data.classes_of(files, Path(folder)).values()))
+    held_out = [path for path, split in zip(files, splits, strict=True) if split == "test"]
+    return [load_data.read_picture(path) for path in held_out]
 
 
 def test_images(args):
     """What is denoised, as `simple.evaluate` takes it."""
-    if args.dataset in BUILT_IN:
-        images = load_data(args.dataset, args.data_dir, args.size).first("test", args.images)
+    if args.dataset in load_data.BUILT_IN:
+        images = load_data.load_data(args.dataset, args.data_dir, args.size).first("test", args.images)
         return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     return [picture[None] for picture in held_out_pictures(args.dataset)[: args.images]]
-
-
-def write_figures(out, figures):
-    """Write figures, a dict by name, to `figures/benchmark_NAME.png` in the folder `out`."""
-    for name, figure in figures.items():
-        path = out / f"figures/benchmark_{name}.png"
-        util.save_figure(figure, path)
-        print(f"Written: {path}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     clean = test_images(args)
-    names = args.models or util.saved_runs(args.out, "autoencoder")
-    models = {name: util.load_model(args.out, name, "autoencoder") for name in names}
+    models = chosen_models(args)
     for denoise in simple.blind(models).values():
         for shape in {batch.shape for batch in clean}:  # compile for it before the clock starts
             denoise(np.zeros(shape, np.float32), 0)
@@ -200,21 +177,17 @@ def main(argv=None):
     denoisers = {label: Timed(denoise) for label, denoise in denoisers.items()}
     table = simple.evaluate(denoisers, clean, kind=args.noise)
     hardware = util.environment()["hardware"]
-    name = dataset_name(args.dataset) + ("" if args.noise == "white" else f"_{args.noise}")
+    name = load_data.dataset_name(args.dataset) + ("" if args.noise == "white" else f"_{args.noise}")
     labels = ("noisy", *denoisers)
     title = f"{name}, first {sum(map(len, clean))} test images"
     print(f"{title}, {args.noise} noise of seed 0 per sigma; {hardware}")
     for measure in ("PSNR", "SSIM"):
-        rows = [
-            {measure: label} | {str(row["sigma"]): row[f"{label} {measure}"] for row in table}
-            for label in labels
-        ]
+        rows = []
+        for label in labels:
+            rows.append({measure: label} | {str(row["sigma"]): row[f"{label} {measure}"] for row in table})
         print(util.format_table(rows))
-    print(
-        util.format_table(
-            [{"method": label, "images/s": float(1 / d.seconds_per_image)} for label, d in denoisers.items()]
-        )
-    )
+    speeds = {label: float(1 / denoise.seconds_per_image) for label, denoise in denoisers.items()}
+    print(util.format_table([{"method": label, "images/s": speed} for label, speed in speeds.items()]))
     figures = {
         f"{name}_sigma": sigma_figure(table, labels, models, title),
         f"{name}_time": time_figure(table, labels, denoisers, title),

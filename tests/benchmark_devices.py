@@ -1,13 +1,13 @@
 """Measure what a second process brings, and what share of a training step goes to communication.
 
-    python tests/benchmark_devices.py                  # 32x32, the simple model
+    python tests/benchmark_devices.py                  # 32x32, the simple model; Linux, two cores at least
     python tests/benchmark_devices.py 48 stacked
 
 Prints seconds a step and images a second of `util.fit` with 16 images on each device, for one process, for
 two that know nothing of each other, and for two that train together by gloo; each process has a core of its
 own. What two that train together take longer than two that do not is communication, waiting for the other
-included. It tells of the machine it runs on, which should be idle, and of no other: two cores of one machine
-share its memory and need no network.
+included. It measures the machine that it runs on, which should be idle: two cores share their memory and need
+no network.
 """
 
 import argparse
@@ -24,12 +24,12 @@ os.environ |= {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import simple_autoencoder as simple
-import stack_autoencoder as stack
 import util
 from load_data import Batches
 
 import keras
 import numpy as np
+from benchmark_common import untrained
 
 IMAGES = simple.BATCH_SIZE  # on each device
 STEPS = 10
@@ -50,25 +50,15 @@ class Stopwatch(keras.callbacks.Callback):
         self.seconds.append((time.perf_counter() - self.started) / STEPS)
 
 
-def build(kind):
-    """The model of `simple_autoencoder.py` or of `stack_autoencoder.py`, both levels trained jointly."""
-    encoder, decoder = simple.build_encoder(), simple.build_decoder()
-    simple.start_as_identity(encoder, decoder)
-    if kind == "stacked":
-        encoder, decoder = stack.stack_encoder(encoder), stack.stack_decoder(decoder)
-    vae = simple.DenoisingVAE(encoder, decoder)
-    vae.compile(optimizer=simple.build_optimizer(simple.LEARNING_RATE, 10**6))
-    return vae
-
-
 def step(side, kind, core):
     """Train in this process, on one core; the fastest round counts, since other work comes and goes."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, {core})
     util.join_processes()
     images = IMAGES * util.processes()[1]
     clean = np.random.default_rng(0).integers(0, 256, (STEPS * images, side, side, 3), np.uint8)
-    vae, few = build(kind), util.to_float(clean[: util.processes()[1]])
+    vae = simple.DenoisingVAE(*untrained(kind))
+    vae.compile(optimizer=simple.build_optimizer(simple.LEARNING_RATE, 10**6))
+    few = util.to_float(clean[: util.processes()[1]])
     vae(few[:1])
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +72,7 @@ def measured(side, kind, count, joined):
     """What `step` prints in the first of some processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    cores, started = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(count), []
+    cores, started = sorted(os.sched_getaffinity(0)), []
     for number in range(count):
         joining = {"JOB_ADDRESSES": address, "NUM_PROCESSES": count, "PROCESS_ID": number} if joined else {}
         environment = os.environ | {f"KERAS_DISTRIBUTION_{key}": str(value) for key, value in joining.items()}
@@ -105,10 +95,10 @@ def main():
     results = {label: measured(side, kind, *setup) for label, setup in setups.items()}
     gradient = results["1 process"]["gradient"] / 1e6
     print(f"{util.environment()['hardware']}; {kind} model, {side}x{side}, gradient of {gradient:.1f} MB")
-    rows = [
-        {"": label, "s/step": result["step"], "images/s": setups[label][0] * IMAGES / result["step"]}
-        for label, result in results.items()
-    ]
+    rows = []
+    for label, (count, _) in setups.items():
+        seconds = results[label]["step"]
+        rows.append({"": label, "s/step": seconds, "images/s": count * IMAGES / seconds})
     print(util.format_table(rows))
     share = 1 - results["2 processes apart"]["step"] / results["2 processes"]["step"]
     print(f"communication: {share:.1%} of the step of 2 processes")

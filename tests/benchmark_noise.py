@@ -18,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util
 from load_data import NOISE_KINDS, SPLIT_SEED, TEST_NOISE_SEED, absolute_path, add_noise, clean_of
 
+import benchmark_denoisers as denoisers
 import cv2
 import numpy as np
-from benchmark_denoisers import block_matching, ensemble_of, held_out_pictures, non_local_means, write_figures
+from benchmark_common import write_figures
 from matplotlib.figure import Figure
 
 SIGMAS = (10, 25)
+SIDE = 160  # of the part of each photograph, in pixels
 SHOWN_KINDS = ("white", "camera", "correlated", "jpeg", "impulse")
 
 
@@ -45,8 +47,8 @@ CLASSICAL = {
     "Gaussian blur": (gaussian_blur, (0.4, 0.6, 0.8, 1.0, 1.4, 2.0)),
     "median": (median, (3, 5)),
     "bilateral": (bilateral, (5, 10, 15, 25, 40)),
-    "non-local means": (non_local_means, (5, 10, 15, 25, 40)),
-    "BM3D": (block_matching, (5, 10, 15, 25, 40)),
+    "non-local means": (denoisers.non_local_means, (5, 10, 15, 25, 40)),
+    "BM3D": (denoisers.block_matching, (5, 10, 15, 25, 40)),
 }
 
 
@@ -56,24 +58,17 @@ def mean_psnr(clean, denoised):
 
 
 def measure(clean, kind, sigma, models, classical, ensembles=False):
-    """Row of the table: PSNR of what is noisy and of what each method makes of it.
-
-    Args:
-        clean: uint8 array (N, side, side, 3).
-        kind, sigma: Of the noise.
-        models: Dict of saved autoencoders by name.
-        classical: Some of CLASSICAL.
-        ensembles: Whether to measure the models' self-ensembles, too.
-    """
+    """Row of the table: PSNR of the noisy images (N, SIDE, SIDE, 3) and of what each method makes of them."""
     noisy = add_noise(clean, sigma, np.random.default_rng(TEST_NOISE_SEED), kind)
     clean = clean_of(clean, kind)
     row = {"noise": kind, "strength": sigma, "noisy": mean_psnr(clean, noisy)}
     for label, (denoise, parameters) in classical.items():
         row[label] = max(mean_psnr(clean, [denoise(image, value) for image in noisy]) for value in parameters)
     row |= {name: mean_psnr(clean, util.denoise(model, noisy) / 255) for name, model in models.items()}
-    for name, model in models.items() if ensembles else ():
-        denoise = ensemble_of(model)
-        row[f"{name}, self-ensemble"] = mean_psnr(clean, [denoise(image, sigma) for image in noisy])
+    if ensembles:
+        for name, model in models.items():
+            denoise = denoisers.ensemble_of(model)
+            row[f"{name}, self-ensemble"] = mean_psnr(clean, [denoise(image, sigma) for image in noisy])
     return row
 
 
@@ -82,9 +77,8 @@ def kinds_figure(rows, title):
     figure = Figure(figsize=(8, 0.3 * len(rows) + 1.6), layout="constrained")
     axis = figure.subplots()
     for index, label in enumerate(list(rows[0])[3:]):
-        axis.plot(
-            [row[label] - row["noisy"] for row in rows], range(len(rows)), "osD^vP*"[index % 7], label=label
-        )
+        gains = [row[label] - row["noisy"] for row in rows]
+        axis.plot(gains, range(len(rows)), "osD^vP*"[index % 7], label=label)
     axis.set_yticks(range(len(rows)), [f"{row['noise']} {row['strength']}" for row in rows])
     axis.invert_yaxis()
     axis.set(xlabel="PSNR gained in dB", xlim=(-1, None))
@@ -108,31 +102,21 @@ def pictures_figure(clean, name, model, sigma=SIGMAS[-1]):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", type=absolute_path, required=True, help="folder of photographs")
-    parser.add_argument("--out", type=Path, default=util.HERE, help="where models/, weights/, figures/ are")
-    parser.add_argument("--images", type=util.number(int, 1), default=8, help="pictures to use")
-    parser.add_argument(
-        "--side", type=util.number(int, 16), default=160, help="of the part of each, in pixels"
-    )
-    parser.add_argument(
-        "--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)"
-    )
-    parser.add_argument("--self-ensemble", action="store_true", help="measure the models' self-ensemble, too")
-    parser.add_argument("--without", nargs="+", default=[], choices=CLASSICAL, help="methods to leave out")
+    denoisers.add_options(parser, CLASSICAL, images=8)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    names = args.models or util.saved_runs(args.out, "autoencoder")
-    models = {name: util.load_model(args.out, name, "autoencoder") for name in names}
-    pictures = held_out_pictures(args.dataset)
+    models = denoisers.chosen_models(args)
+    pictures = denoisers.held_out_pictures(args.dataset)
     chosen = np.random.default_rng(SPLIT_SEED).permutation(len(pictures))[: args.images]
     clean = []
     for picture in (pictures[index] for index in chosen):
-        top, left = ((length - args.side) // 2 for length in picture.shape[:2])
-        clean.append(picture[top : top + args.side, left : left + args.side])
+        top, left = ((length - SIDE) // 2 for length in picture.shape[:2])
+        clean.append(picture[top : top + SIDE, left : left + SIDE])
     classical = {label: CLASSICAL[label] for label in CLASSICAL if label not in args.without}
     rows = []
     advance = util.progress(len(NOISE_KINDS) * len(SIGMAS), "kinds and strengths of noise")
@@ -140,7 +124,7 @@ def main(argv=None):
         for sigma in SIGMAS:
             rows.append(measure(np.stack(clean), kind, sigma, models, classical, args.self_ensemble))
             advance()
-    title = f"{len(clean)} held-out photographs, {args.side}x{args.side} of each"
+    title = f"{len(clean)} held-out photographs, {SIDE}x{SIDE} of each"
     print(f"{title}, PSNR in dB; {util.environment()['hardware']}")
     print(util.format_table(rows))
     shown = pictures_figure(np.stack(clean), *list(models.items())[-1])
