@@ -1,4 +1,4 @@
-"""Prepare a data set: images, splits, noise, caches.
+"""Prepare a data set: images, splits, noise.
 
     python load_data.py --dataset photos       # patches of the two photographs inside scikit-learn
     python load_data.py                        # CIFAR-10 (170 MB download)
@@ -10,7 +10,7 @@ Prints the splits, the classes and how many PCA components keep --energy of the 
 call `load_data` and `Batches` from here.
 
 From top to bottom: data sets; picture files; patches of pictures; kinds of noise; feeding a training; the
-command line.
+command line. A fault is a `DataError`, an `OSError` whose message is one line with the file and the remedy.
 """
 
 import argparse
@@ -41,7 +41,6 @@ from util import (
     format_table,
     given_path,
     number,
-    progress,
     psnr_captions,
     rows_figure,
     run_script,
@@ -97,12 +96,10 @@ SRGB_CHUNKS = {
 START_OF_SCAN, DESCRIPTIVE_SEGMENTS = b"\xda", {*range(0xE0, 0xEE), 0xEF, 0xFE}  # of JPEG
 JFIF_BYTES = 18  # of the first segment that Pillow writes
 EXIF_TAGS = {270, 271, 272, 274, 305, 306, 315, 316, 33432, 34665, 34853}  # from title to GPS
-# of TIFF, beside these: page, resolution, colours, XMP, IPTC, Photoshop, ICC profile, map projections
+# of TIFF, beside these: page, resolution, colours, XMP, IPTC, Photoshop, ICC profile
 TIFF_TAGS = EXIF_TAGS | {269, 282, 283, 285, 296, 301, 318, 319, 700, 33723, 34377, 34675}
-TIFF_TAGS |= {33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113}
 XMP_TAG, IPTC_TAG = 700, 33723
 TiffTags.TAGS_V2[IPTC_TAG] = TiffTags.TagInfo(IPTC_TAG, "IPTC", TiffTags.UNDEFINED)  # of any length
-RESIZED_VERSION = 1  # of the cache
 AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
 # kinds of noise
@@ -200,7 +197,7 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, 
 
     Args:
         dataset: `cifar10`, `stl10`, `photos` or the path of a folder with images.
-        data_dir: Where data and caches lie.
+        data_dir: Where downloaded data lie.
         size: STL-10: side that images are resized to, one of 48, 50, 72, 96. Photographs: side of a patch.
             CIFAR-10 is 32.
         limit: Use the first so many training images only.
@@ -208,9 +205,6 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, 
 
     Returns:
         `Data`.
-
-    Raises:
-        DataError: the data cannot be had, are damaged, or there are fewer training images than `limit`.
     """
     data_dir = Path(data_dir)
     if dataset == "cifar10":
@@ -223,11 +217,8 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, 
         data = _load_folder(Path(dataset), size or DEFAULT_SIZE, margin)
     if limit is not None:
         split = data.denoiser_split
-        available = len(data.images[split])
-        if limit > available:
-            raise DataError(
-                f"{dataset}: --limit {limit} is more than its {available} training images; lower it"
-            )
+        if limit > (there := len(data.images[split])):
+            raise DataError(f"{dataset}: --limit {limit} is more than its {there} training images; lower it")
         for limited in {"train", split}:
             data.images[limited] = data.images[limited][:limit]
             data.labels[limited] = data.labels[limited][:limit]
@@ -235,11 +226,7 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, 
 
 
 def check_labelled(data, dataset, limit=None):
-    """Check that the labelled training images are as many as asked for, and of several classes.
-
-    Raises:
-        DataError: they are not.
-    """
+    """Check that the labelled training images are as many as asked for, and of several classes."""
     if limit and limit > (available := len(data.images["train"])):
         raise DataError(f"{dataset}: --limit {limit} is more than its {available} labelled images; lower it")
     if len(np.unique(data.labels["train"])) < 2:
@@ -285,11 +272,7 @@ def _load_stl10(data_dir, size):
     files = {Path(name).stem: path for name, path in zip(stl10_input.FILE_MD5, paths, strict=True)}
 
     def split(name):
-        images = stl10_input.read_all_images(files[f"{name}_X"])
-        if size != images.shape[1]:
-            images = _cached_resize(
-                images, size, data_dir / "cache" / f"stl10_{name}_{size}_v{RESIZED_VERSION}.npy"
-            )
+        images = resize(stl10_input.read_all_images(files[f"{name}_X"]), size)
         if name == "unlabeled":
             return images, np.full(len(images), -1)
         labels = stl10_input.read_labels(files[f"{name}_y"]).astype(np.int64) - 1
@@ -307,37 +290,18 @@ def _load_stl10(data_dir, size):
 
 
 def resize(images, size):
-    """Resize images (N, H, W, 3), uint8, to size×size with antialiasing (Pillow's bicubic)."""
-    return np.stack([_resized(image, size, size) for image in images])
+    """Resize square images (N, H, H, 3), uint8, to size×size with antialiasing (Pillow's bicubic)."""
+    if size == images.shape[1]:
+        return images  # perhaps a file that is larger than the memory
+    resized = np.empty((len(images), size, size, 3), np.uint8)
+    for index, image in enumerate(images):
+        resized[index] = _resized(image, size, size)
+    return resized
 
 
 def _resized(image, width, height):
-    return np.asarray(
-        Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BICUBIC)
-    )
-
-
-def _cached_resize(images, size, cache):
-    """Resize a split once, into a `.npy` file; returns it memory-mapped, since it may exceed the memory."""
-    shape = (len(images), size, size, 3)
-    if not cache.exists():
-        print(f"Resizing {len(images):,} images to {size}x{size} into {cache}", flush=True)
-        advance = progress(len(images), "resized")
-        # not through a memory map, where a full disk would kill the process
-        with atomic(cache) as path, open(path, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, len(images), 1000):
-                file.write(resize(images[start : start + 1000], size))
-                advance(len(images[start : start + 1000]))
-    try:
-        resized = np.lib.format.open_memmap(cache, mode="r")
-    except Exception as error:  # a damaged header raises whatever its parsing stumbles over
-        raise DataError(f"{cache}: damaged cache ({error}); delete it and run again") from None
-    if resized.dtype != np.uint8 or resized.shape != shape:
-        found = f"{resized.dtype} {resized.shape}"
-        raise DataError(f"{cache}: holds {found}, not what its name says; delete it and run again")
-    return resized
+    image = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)
@@ -407,7 +371,7 @@ def _decoded(path):
         "colours multiplied by alpha": multiplied,
         "a palette of 8 bits, or nothing but black": photometry == "palette" and not pixels.any(),
         "a volume": spec.depth > 1,
-        "several pictures": _has_pages(image),
+        "several pictures": any(subfile != THUMBNAIL for subfile in _following(image)),
     }
     if found := [reason for reason, there in rare.items() if there]:
         raise ValueError(", ".join(found))
@@ -417,14 +381,12 @@ def _decoded(path):
     return pixels, kind, spec.get_int_attribute("Orientation", 1)
 
 
-def _has_pages(image):
-    """Whether more than thumbnails follow the first picture of a file."""
-    index = 1
-    while image.seek_subimage(index, 0):
-        if image.spec().get_int_attribute("tiff:subfiletype") != THUMBNAIL:
-            return True
-        index += 1
-    return False
+def _following(image):
+    """TIFF's NewSubfileType of the pictures after the first."""
+    for index in itertools.count(1):
+        if not image.seek_subimage(index, 0):
+            return
+        yield image.spec().get_int_attribute("tiff:subfiletype")
 
 
 def _read_metadata(raw, kind):
@@ -609,11 +571,7 @@ ENCODERS = {"PNG": encode_png, "JPEG": encode_jpeg, "TIFF": encode_tiff, "WEBP":
 
 
 def pictures_by_name(folder):
-    """Paths of the images in a folder and its subfolders by name, without their endings.
-
-    Raises:
-        DataError: no such folder, no images in it, or two of one name.
-    """
+    """Paths of the images in a folder and its subfolders by name, without their endings."""
     named = {}
     for path in image_files(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -694,9 +652,8 @@ def shrunk(picture, divisor):
 def _patches_of(picture, size, margin, split, rng, at_most):
     """Cut a picture (H, W, 3) into a list of patches, views of it; `at_most` are drawn.
 
-    Training patches are `margin` pixels larger than `size` and overlap by half, others do not. For training
-    and validation, copies of a half and a quarter of the size are cut as well, in proportionally smaller
-    steps: their patches overlap more.
+    Training patches are `margin` pixels larger and overlap by half. For training and validation, copies of
+    a half and a quarter of the size are cut as well, in proportionally smaller steps.
     """
     step = size
     if split == "train":
@@ -734,15 +691,7 @@ def split_pictures(labels):
 
 
 def _split_and_cut(pictures, labels_of, size, margin):
-    """Split pictures by `split_pictures`, then cut them.
-
-    If there are fewer than FEWEST_TO_HOLD_OUT, each is divided into three vertical bands instead.
-
-    Args:
-        pictures: Iterable of uint8 arrays (H, W, 3).
-        labels_of: Their labels.
-        size: Side of a patch.
-        margin: By how many pixels training patches are larger.
+    """Split pictures, uint8 (H, W, 3), by `split_pictures`, then cut them; few are each cut into three bands.
 
     Returns:
         Three dicts by split: patches uint8 (N, side, side, 3), labels int64 (N,), and which picture each
@@ -791,20 +740,15 @@ def _load_photos(size, margin):
 
 
 def _shuffle_held_out(data, source, size):
-    """Shuffle the held-out patches, so that the first ones come from many pictures.
-
-    At most VALIDATION are kept for validation; raises DataError where a split has none.
-    """
+    """Shuffle the held-out patches, so that the first ones come from many pictures."""
     for split, count in {"validation": VALIDATION, "test": None}.items():
         order = np.random.default_rng(SPLIT_SEED).permutation(len(data.labels[split]))[:count]
         for part in (data.images, data.labels, data.pictures):
             part[split] = part[split][order]
     for split, images in data.images.items():
         if not len(images):
-            raise DataError(
-                f"{source}: no picture drawn for {split} gives a patch of {size}x{size}; lower --size, or "
-                "remove small and damaged pictures"
-            )
+            none = f"no picture drawn for {split} gives a patch of {size}x{size}"
+            raise DataError(f"{source}: {none}; lower --size, or remove small and damaged pictures")
     return data
 
 
@@ -838,10 +782,7 @@ def classes_of(files, folder):
 
 
 def _load_folder(folder, size, margin):
-    """Patches of a user's own images.
-
-    Subfolders, if any, are the classes; what lies beside them is one more, of the data set's name.
-    """
+    """Patches of a user's own images; subfolders are classes, and what lies beside them is one more."""
     files = image_files(folder, f"--dataset is {', '.join(BUILT_IN)} or a folder of images")
     class_of = classes_of(files, folder)
     classes = sorted(set(class_of.values()))
@@ -857,7 +798,7 @@ def _load_folder(folder, size, margin):
 
 
 def _readable_picture(path):
-    """The picture in a file; an unreadable file is named and gives an empty picture."""
+    """An unreadable file is named and gives an empty picture."""
     try:
         return read_picture(path)
     except DataError as error:
@@ -880,9 +821,6 @@ def add_noise(images, sigma, rng=None, kind="white"):
 
     Returns:
         float32 array (N, H, W, 3), nominally in [0, 1].
-
-    Raises:
-        ValueError: a negative sigma.
     """
     sigma = np.reshape(np.asarray(sigma, np.float64), (-1, 1, 1, 1))
     if sigma.min(initial=0) < 0:
@@ -1305,34 +1243,23 @@ def dataset_or_folder(text):
 
 def add_data_options(parser, default="cifar10"):
     """Add the options that say which data a script works on; default None means those of a saved run."""
-    parser.add_argument(
-        "--dataset",
-        type=dataset_or_folder,
-        default=default,
-        help="cifar10, stl10, photos (two photographs inside scikit-learn) or a folder of images"
-        + ("" if default else " (default: that of the run)"),
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=absolute_path,
-        default=str(HERE / "data"),
-        help="where data are kept and downloaded to",
-    )
-    parser.add_argument(
-        "--size",
-        type=number(int, MIN_SIZE),
-        default=None,
-        help=f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})",
-    )
+    add = parser.add_argument
+    dataset = "cifar10, stl10, photos (two photographs inside scikit-learn) or a folder of images"
+    dataset += "" if default else " (default: that of the run)"
+    size = f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})"
+    where = "where data are kept and downloaded to"
+    add("--dataset", type=dataset_or_folder, default=default, help=dataset)
+    add("--data-dir", type=absolute_path, default=str(HERE / "data"), help=where)
+    add("--size", type=number(int, MIN_SIZE), help=size)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Prepare a data set and show it.", formatter_class=HelpFormatter
-    )
+    description = "Prepare a data set and show it."
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add_data_options(parser)
-    parser.add_argument("--out", type=given_path, default=HERE, help="where figures/ is")
-    parser.add_argument("--energy", type=float, default=0.95, help="share of the variance that PCA keeps")
+    add = parser.add_argument
+    add("--out", type=given_path, default=HERE, help="where figures/ is")
+    add("--energy", type=float, default=0.95, help="share of the variance that PCA keeps")
     args = parser.parse_args(argv)
     if not 0 < args.energy < 1:
         parser.error(f"argument --energy: {args.energy} is not between 0 and 1")

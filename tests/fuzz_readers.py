@@ -205,18 +205,6 @@ def checkpoint_seeds(out):
     return [(checkpoint.path.read_bytes(), read)]
 
 
-def cache_seeds(rng):
-    file = io.BytesIO()
-    np.save(file, rng.integers(0, 256, (5, 4, 4, 3), np.uint8))
-    archive = io.BytesIO()
-    np.savez(archive, rng.integers(0, 256, (5, 4, 4, 3), np.uint8))
-    pickled = io.BytesIO()
-    np.save(pickled, np.array([Starts(eval, "1/0")], object))
-    raws = file.getvalue(), file.getvalue()[:128], archive.getvalue(), pickled.getvalue()
-    images = np.zeros((5, 8, 8, 3), np.uint8)
-    return [(raw, lambda path: load_data._cached_resize(images, 4, path).sum()) for raw in raws]
-
-
 def picture_seeds(rng):
     """Pictures, read as those of a folder are: what cannot be read is left out."""
 
@@ -278,7 +266,6 @@ def main(seed, share=1.0):
             "HDF5 weights": (weights, 400),
             "HDF5 feature maps": (feature_map_seeds(out), 300),
             "HDF5 checkpoint": (checkpoint_seeds(out), 300),
-            "caches": (cache_seeds(rng), 1000),
             "pictures": (picture_seeds(rng), 2000),
         }
         for kind, (seeds, count) in kinds.items():
