@@ -910,10 +910,9 @@ def draws(decoder, codes, samples, seed):
     """
     rng = np.random.default_rng(seed)
     for _ in range(samples):
-        z = [
-            mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32)
-            for mean, log_var in codes
-        ]
+        z = []
+        for mean, log_var in codes:
+            z.append(mean + np.exp(log_var / 2) * rng.standard_normal(mean.shape, np.float32))
         yield decoder.predict_on_batch(z)
 
 
@@ -983,11 +982,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     Does the work of `BackupAndRestore`, `ModelCheckpoint` and `CSVLogger`, but atomically: weights,
     optimizer, epoch and history are one file that is replaced at once, so that no kill can leave them apart
-    and the best value is not forgotten.
-
-    Args:
-        folder: Where to keep `checkpoint.weights.h5`, `best.weights.h5` and `epochs.csv`.
-        monitor: Metric of the validation split that tells the best epoch.
+    and the best value of `monitor` is not forgotten.
     """
 
     def __init__(self, folder, monitor):
@@ -998,11 +993,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.rows = []
 
     def restore(self):
-        """Load the checkpoint, if there is one, into the model of `set_model`, built and compiled.
-
-        Returns:
-            Number of epochs done.
-        """
+        """Load the checkpoint, if there is one, into the compiled model; return the number of epochs done."""
         if not self.path.exists():
             return 0
         try:
@@ -1203,9 +1194,8 @@ class _StopBetweenBatches(keras.callbacks.Callback):
     noted = False
 
     def __enter__(self):
-        self.previous = {
-            signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)
-        }
+        stopping = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {signum: signal.signal(signum, self.note) for signum in stopping}
         return self
 
     def __exit__(self, *exception):
@@ -1354,9 +1344,8 @@ def curves_figure(panels, title="", ticks=None, figure=None):
     grid = (len(panels), 1) if figure else (1, len(panels))
     figure = figure or Figure(figsize=size, layout="constrained")
     lines = {}
-    for axis, (xlabel, ylabel, curves) in zip(
-        figure.subplots(*grid, squeeze=False).flat, panels, strict=True
-    ):
+    axes = figure.subplots(*grid, squeeze=False).flat
+    for axis, (xlabel, ylabel, curves) in zip(axes, panels, strict=True):
         for label, (x, y) in curves.items():
             index, marker = labels.index(label), "o" if len(x) < 40 else ""
             style = {"linestyle": "--", "zorder": 3} if index % 2 else {}
@@ -1368,9 +1357,8 @@ def curves_figure(panels, title="", ticks=None, figure=None):
         round_values = MaxNLocator(steps=(1, 2, 5, 10), integer=whole)
         axis.xaxis.set_major_locator(FixedLocator(ticks or values) if few else round_values)
         axis.grid(alpha=0.3)
-    figure.legend(
-        [lines[label] for label in labels], labels, loc="outside lower center", ncols=columns, fontsize=8
-    )
+    handles = [lines[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -1419,23 +1407,18 @@ def save_figures(out, name, figures):
 
 
 def save_gif(figures, path):
-    """Write matplotlib figures of one size, one after another, as an endless GIF; the last stays longer.
+    """Write matplotlib figures of one size as frames of an endless GIF; the last one stays longer.
 
-    Equal figures in a row are one frame that stays as long as they would: the writer merges them, and would
-    give the others their durations.
+    The writer merges equal frames in a row to one that stays as long as they would.
     """
-    frames, durations = [], []
+    frames = []
     for figure in figures:
         canvas = FigureCanvasAgg(figure)
         figure.set_dpi(72)
         canvas.draw()
-        frame = np.array(canvas.buffer_rgba())[..., :3]
-        if not frames or (frame != frames[-1]).any():
-            frames.append(frame)
-            durations.append(0)
-        durations[-1] += GIF_FRAME_MS
-    durations[-1] += 5 * GIF_FRAME_MS
-    iio.imwrite(path, np.stack(frames), duration=durations if len(frames) > 1 else durations[0], loop=0)
+        frames.append(np.asarray(canvas.buffer_rgba())[..., :3])
+    durations = [GIF_FRAME_MS] * (len(frames) - 1) + [6 * GIF_FRAME_MS]
+    iio.imwrite(path, np.stack(frames), duration=durations if len(frames) > 1 else GIF_FRAME_MS, loop=0)
 
 
 def encode(encoder, images):
@@ -1511,9 +1494,9 @@ def format_table(rows):
 
     cells = [list(rows[0])] + [[text(value) for value in row.values()] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
+    lines = []
+    for line in cells:
+        padded = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        lines.append(f"| {' | '.join(padded)} |")
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     return "\n".join(lines)
