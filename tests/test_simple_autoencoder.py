@@ -904,7 +904,7 @@ def saved(tmp_path_factory):
 
 
 def saved_parts(out):
-    return [util.load_model(out, "small", part) for part in ("autoencoder", "encoder", "decoder")]
+    return util.load_run(out, "small")
 
 
 def denoise(out, *arguments):

@@ -95,8 +95,7 @@ def of_full_size():
 
 @pytest.mark.parametrize("run", [None, "stacked_photographs"])
 def test_stride_and_reach_are_those_of_the_models(run):
-    parts = ("autoencoder", "encoder", "decoder")
-    models = [util.load_model(util.HERE, run, part) for part in parts] if run else of_full_size()
+    models = util.load_run(util.HERE, run) if run else of_full_size()
     with pytest.raises(ValueError, match="shape"):
         models[0].compute_output_shape((1, 3 * util.STRIDE // 2, 3 * util.STRIDE // 2, 3))
     pixels = np.zeros((util.STRIDE, util.STRIDE, 400, 3), np.float32)
