@@ -20,7 +20,6 @@ import hashlib
 import io
 import itertools
 import math
-import mmap
 import os
 import struct
 import warnings
@@ -330,7 +329,7 @@ def read_picture(path, keep_grey=False):
 
 
 def read_pixels(path):
-    """Read an image file without loss: pixels as they lie in it, in its own channels and depth.
+    """Read an image file without loss, its pixels as they lie in it.
 
     Returns:
         uint8 or uint16 array, (H, W, 1) of a grey image or (H, W, 3) of a coloured one (palettes and CMYK
@@ -590,11 +589,7 @@ def read_measurable(path):
 
 
 def picture_pairs(folder, noisy_folder):
-    """Paths of pictures and of noisy versions of them.
-
-    Returns:
-        Dict by the names of their files: path of the clean, path of the noisy picture.
-    """
+    """Paths of each picture and its noisy version, a dict by the names of their files."""
     clean, noisy = pictures_by_name(folder), pictures_by_name(noisy_folder)
     if unmatched := sorted(clean.keys() ^ noisy.keys()):
         place = noisy_folder if unmatched[0] in clean else folder
@@ -645,8 +640,7 @@ def corners(picture, size, step):
 
 def shrunk(picture, divisor):
     """A picture (H, W, 3), uint8, at a part of its size, with antialiasing (Pillow's bicubic)."""
-    height, width = (side // divisor for side in picture.shape[:2])
-    return _resized(picture, width, height)
+    return _resized(picture, picture.shape[1] // divisor, picture.shape[0] // divisor)
 
 
 def _patches_of(picture, size, margin, split, rng, at_most):
@@ -814,8 +808,7 @@ def add_noise(images, sigma, rng=None, kind="white"):
         sigma: Strength on the 0-255 scale, one number or one for each image; of white noise, its standard
             deviation. What it is of other kinds, their functions tell.
         rng: `numpy.random.Generator`; by default a new one with the test noise's seed, which makes the
-            noisy test images of the protocol. Several calls with one generator, piece by piece, draw the same
-            white noise as one call for the whole.
+            noisy test images of the protocol. Piece by piece, one generator draws the same white noise.
         kind: One of NOISE_KINDS. Grey noise turns the images to grey: compare with `clean_of(images, kind)`.
             JPEG has the protocol's quality.
 
@@ -1064,18 +1057,8 @@ NOISE_KINDS = {
 }
 
 
-PHOTOGRAPHS_NOISE = {
-    "white": 0.42,
-    "camera": 0.28,
-    "grey": 0.14,
-    "jpeg": 0.06,
-    "correlated": 0.03,
-    "poisson": 0.015,
-    "speckle": 0.015,
-    "varying": 0.015,
-    "impulse": 0.015,
-    "uniform": 0.01,
-}
+PHOTOGRAPHS_NOISE = {"white": 0.42, "camera": 0.28, "grey": 0.14, "jpeg": 0.06, "correlated": 0.03}
+PHOTOGRAPHS_NOISE |= {"poisson": 0.015, "speckle": 0.015, "varying": 0.015, "impulse": 0.015, "uniform": 0.01}
 
 
 def noise_shares(names):
@@ -1151,9 +1134,7 @@ def cut_at_random(images, shape, rng):
 
 
 class Batches(keras.utils.PyDataset):
-    """Feed `fit` with square images and their noise, in a new order every epoch (`go_to`).
-
-    Each image is mirrored and turned at random, into one of eight positions.
+    """Feed `fit` with square images, mirrored and turned at random, and noise, in a new order every epoch.
 
     A batch is ((images, sigma), clean), float32. White noise is left to the training graph: its images are
     clean, and sigma (N, 1, 1, 1) is its standard deviation on the scale of the images, [0, 1]. Other noise is
@@ -1177,7 +1158,6 @@ class Batches(keras.utils.PyDataset):
         super().__init__()
         self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
         self.noise, self.sigma, self.shape = noise or {"white": 1.0}, sigma, shape or images.shape[1:3]
-        self._mapped = getattr(images, "_mmap", None)  # of a NumPy memory map or a view of one
         self._pool = ThreadPoolExecutor(AHEAD)
         self.go_to(0)
 
@@ -1225,10 +1205,7 @@ class Batches(keras.utils.PyDataset):
     def take(self, index):
         """Indices of the images of a batch, and a copy of these images."""
         chosen = np.sort(self.order[index * self.batch_size :][: self.batch_size])
-        batch = self.images[chosen]
-        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED)  # else what was read counts as this process's memory
-        return chosen, batch
+        return chosen, self.images[chosen]
 
 
 def absolute_path(text):
@@ -1274,8 +1251,7 @@ def fit_pca(images, energy=0.95):
         energy: Share to keep, above 0 and below 1.
 
     Returns:
-        Fitted `sklearn.decomposition.PCA` (the singular value decomposition of the centred pixels) with as
-        many components as needed; `transform` and `inverse_transform` take pixels in [0, 1], flattened.
+        Fitted `sklearn.decomposition.PCA`; its methods take pixels in [0, 1], flattened.
     """
     pixels = images.reshape(len(images), -1).astype(np.float32)
     if not np.ptp(pixels, axis=0).any():
@@ -1301,15 +1277,10 @@ def main(argv=None):
     table = []
     for split, images in data.images.items():
         counts = np.bincount(data.labels[split][data.labels[split] >= 0], minlength=len(data.class_names))
-        table.append(
-            {
-                "split": split,
-                "images": len(images),
-                "shape": "x".join(map(str, images.shape[1:])),
-                "MB": round(images.nbytes / 1e6),
-                "of a class": f"{counts.min()}-{counts.max()}" if counts.any() else "no labels",
-            }
-        )
+        row = {"split": split, "images": len(images), "shape": "x".join(map(str, images.shape[1:]))}
+        row["MB"] = round(images.nbytes / 1e6)
+        row["of a class"] = f"{counts.min()}-{counts.max()}" if counts.any() else "no labels"
+        table.append(row)
     print(format_table(table))
     print("classes:", ", ".join(data.class_names))
     images = data.images["train"]

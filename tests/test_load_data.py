@@ -1,6 +1,5 @@
 import hashlib
 import itertools
-import mmap
 import os
 
 import load_data
@@ -362,16 +361,6 @@ def test_batches_cover_an_epoch_once_and_mirror_some():
         mirrored += (pixels[:, 0, -1, 0] >= 100).sum()
     assert len(set(seen)) == 9
     assert 0 < mirrored < 9
-
-
-def test_batches_of_a_mapped_file_let_go_of_its_pages(tmp_path):
-    random_images(40 * IMAGE_BYTES).tofile(tmp_path / "unlabeled_X.bin")
-    images = load_data.stl10_input.read_all_images(tmp_path / "unlabeled_X.bin")
-    batches = Batches(images, 20)
-    assert isinstance(batches._mapped, mmap.mmap)
-    chosen = np.sort(batches.order[:20])
-    for image, index in zip(np.round(batches[0][1] * 255), chosen, strict=True):
-        assert np.sort(image, axis=None).tolist() == np.sort(images[index], axis=None).tolist()
 
 
 @given(st.integers(1, 50), sides, seeds, st.integers(0, 1000))

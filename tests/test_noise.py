@@ -239,6 +239,14 @@ def test_variance_of_weak_camera_noise_rises_with_linear_light(monkeypatch):
     assert linear == pytest.approx([linear[1]] * 3, rel=0.1)
 
 
+def test_seven_in_ten_cameras_have_a_tone_curve(monkeypatch):
+    to_linear, drawn = load_data.to_linear, []
+    monkeypatch.setattr(load_data, "to_linear", lambda *pair: drawn.append(pair[1]) or to_linear(*pair))
+    images, sigma = to_float(flat(count=1000, side=4)), np.full((1000, 1, 1, 1), 5.0)
+    load_data.sensor_noise(images, sigma, np.random.default_rng(0))
+    assert drawn[0].mean() == pytest.approx(0.7, abs=0.04)
+
+
 def test_white_balance_and_colour_matrix_raise_the_noise_of_colours(monkeypatch):
     def measured(excess):
         monkeypatch.setattr(load_data, "COLOUR_MATRIX", (excess, excess))
