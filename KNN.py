@@ -100,7 +100,7 @@ def feature_maps(out, run, subset, images, labels, pooling=0, **described):
 
 def read_feature_maps(path, made_from):
     """Feature maps of a file with these attributes; None where there is none, or a damaged one."""
-    with contextlib.suppress(OSError, KeyError, ValueError), h5py.File(path) as file:
+    with contextlib.suppress(OSError, KeyError, RuntimeError, ValueError), h5py.File(path) as file:
         if dict(file.attrs) == made_from:
             return file["features"][()]
     return None
