@@ -258,7 +258,7 @@ class DenoisingVAE(keras.Model):
     """
 
     monitor, metric_names = "val_psnr", ("psnr", "kl")
-    hint = "val_psnr is above psnr, since training draws the codes and validation takes their means"
+    hint = "Training draws the codes, validation takes their means: val_psnr is above psnr."
 
     def __init__(self, encoder, decoder, kl_weight=KL_WEIGHT, seed=0):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
@@ -315,7 +315,7 @@ class DetailVAE(DenoisingVAE):
     """
 
     monitor, metric_names = "val_crps", ("crps", "detail_kl")
-    hint = "crps is the error of draws, in grey levels"
+    hint = "crps is the error of draws, in grey levels."
 
     def __init__(self, encoder, decoder, detail_encoder, detail_decoder, **options):
         super().__init__(encoder, decoder, **options)
@@ -448,7 +448,7 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     callbacks = [EpochStart(batches, epochs_before)]
     if not is_detail:  # which changes no denoised image
         callbacks.append(Frames(folder / "frames", gif_images(data)[1], epochs_before * len(batches)))
-    print(f"\nStage {stage}, epochs of {len(images):,} images: {vae.hint}", flush=True)
+    print(f"\n{len(images):,} training images. {vae.hint}", flush=True)
     rows = util.fit(vae, batches, validation, epochs, folder, vae.monitor, callbacks, stage)
     seen = {"stage": stage, "images": len(batches) * batches.batch_size}
     seen["pixels"] = seen["images"] * math.prod(shape)

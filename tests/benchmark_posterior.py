@@ -43,7 +43,7 @@ def build_variance(filters=simple.FILTERS, latent_dim=simple.LATENT_DIM):
 class PixelGaussian(simple.DenoisingVAE):
     """Trains the variance of each pixel around the mean of a frozen encoder and decoder."""
 
-    monitor, metric_names, hint = "val_loss", (), "its loss is the likelihood of pixels"
+    monitor, metric_names, hint = "val_loss", (), "loss is of the likelihood of pixels."
 
     def __init__(self, encoder, decoder, variance, **options):
         super().__init__(encoder, decoder, **options)

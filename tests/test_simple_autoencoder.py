@@ -459,9 +459,9 @@ def test_output_without_a_terminal_is_plain_lines(trained):
     assert f"| sigma | noisy PSNR | {NAME} PSNR | noisy SSIM | {NAME} SSIM |" in trained.printed
     assert not set("\r\b\x1b") & set(trained.printed)
     stages = [line for line in trained.printed.splitlines() if line.startswith("Stage ")]
-    assert [line.split(": ")[0] for line in stages] == [
-        f"Stage {stage}, epochs of 64 images" for stage in ("z", "detail")
-    ]
+    assert stages == ["Stage z:", "Stage detail:"]
+    for vae in (simple.DenoisingVAE, simple.DetailVAE):
+        assert f"64 training images. {vae.hint}" in trained.printed
 
 
 def test_record_tells_how_the_run_came_about(trained):
