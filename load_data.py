@@ -14,7 +14,6 @@ command line. A fault is a `DataError`, an `OSError` whose message is one line w
 """
 
 import argparse
-import contextlib
 import errno
 import hashlib
 import io
@@ -23,7 +22,6 @@ import math
 import os
 import struct
 import warnings
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -51,7 +49,7 @@ from util import (
 import keras
 import numpy as np
 import OpenImageIO as oiio
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, TiffTags
+from PIL import Image, PngImagePlugin
 from scipy.ndimage import convolve, uniform_filter
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
@@ -84,21 +82,16 @@ FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # of picture files
 SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 CHANNELS = (("Y",), ("Y", "A"), ("R", "G", "B"), ("R", "G", "B", "A"))
 THUMBNAIL = 1  # as TIFF's NewSubfileType
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # colour type by count of channels
-PNG_UP = 2  # filter type
-PIXEL_CHUNKS = (b"tRNS", b"bKGD", b"hIST", b"sBIT", b"sPLT")  # they fit pixels as they are stored
+PNG_SIGNATURE_BYTES = 8
+CODING_CHUNKS = (b"tRNS", b"bKGD", b"hIST", b"sBIT", b"sPLT")  # they fit pixels as they are stored
+ADDED_CHUNKS = (b"sRGB", b"gAMA", b"cHRM", b"oFFs", b"tIME")  # by OpenImageIO, whatever was read
 SRGB_CHUNKS = {
     b"gAMA": struct.pack(">I", 45455),
     b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
 }
-START_OF_SCAN, DESCRIPTIVE_SEGMENTS = b"\xda", {*range(0xE0, 0xEE), 0xEF, 0xFE}  # of JPEG
-JFIF_BYTES = 18  # of the first segment that Pillow writes
-EXIF_TAGS = {270, 271, 272, 274, 305, 306, 315, 316, 33432, 34665, 34853}  # from title to GPS
-# of TIFF, beside these: page, resolution, colours, XMP, IPTC, Photoshop, ICC profile
-TIFF_TAGS = EXIF_TAGS | {269, 282, 283, 285, 296, 301, 318, 319, 700, 33723, 34377, 34675}
-XMP_TAG, IPTC_TAG = 700, 33723
-TiffTags.TAGS_V2[IPTC_TAG] = TiffTags.TagInfo(IPTC_TAG, "IPTC", TiffTags.UNDEFINED)  # of any length
+# of JPEG: what Pillow writes itself, and a table of further pictures
+PILLOW_SEGMENTS = (b"JFIF", b"Exif", b"http://ns.adobe.com/xap/1.0/", b"ICC_PROFILE", b"Adobe", b"MPF")
+EXIF_TAGS = {270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF
 AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
 # kinds of noise
@@ -307,13 +300,17 @@ def _resized(image, width, height):
 class Metadata:
     """What a picture file holds beside its pixels."""
 
-    kind: str = ""  # its format, one of FORMATS
-    orientation: int = 1  # of EXIF, 1 to 8
-    common: dict = field(default_factory=dict)  # exif, xmp, icc_profile and dpi, as Pillow takes them
-    own: list | None = None  # all of it, in bytes as they lie in the file, for a file of the same format
+    kind: str  # its format, one of FORMATS
+    spec: oiio.ImageSpec  # with what OpenImageIO knows of it
+    raw: bytes  # the file
+
+    @property
+    def orientation(self):
+        """That of EXIF, 1 to 8."""
+        return self.spec.get_int_attribute("Orientation", 1)
 
 
-NO_METADATA = Metadata()
+NO_METADATA = Metadata("", oiio.ImageSpec(), b"")
 
 
 def read_picture(path, keep_grey=False):
@@ -339,18 +336,19 @@ def read_pixels(path):
         raise FileNotFoundError(errno.ENOENT, "no such file, or none of the regular kind", str(path))
     raw = Path(path).read_bytes()
     try:
-        pixels, kind, orientation = _decoded(path)
-        common, own = _read_metadata(raw, kind)
+        pixels, kind, spec = _decoded(path)
+        if b"acTL" in raw[: raw.find(b"IDAT")] and kind == "PNG":
+            raise ValueError("an animation")
     except ValueError as error:
         message = f"{path}: not a readable image ({first_line(error)}); convert it to plain PNG"
         raise DataError(message) from None
-    colours = (pixels.shape[2] - 1) // 2 * 2 + 1  # of 1 to 4 channels, the second or fourth is alpha
+    colours = 3 if pixels.shape[2] > 2 else 1
     alpha = pixels[..., -1] if pixels.shape[2] > colours else None
-    return pixels[..., :colours], alpha, Metadata(kind, orientation, common, own)
+    return pixels[..., :colours], alpha, Metadata(kind, spec, raw)
 
 
 def _decoded(path):
-    """Pixels of an image file, its format and orientation; raises ValueError of what is not plain."""
+    """Pixels of an image file, its format and its descriptive attributes; ValueError if it is not plain."""
     options = oiio.ImageSpec()
     options["oiio:UnassociatedAlpha"] = options["tiff:keep_unassociated_alpha"] = 1
     image = oiio.ImageInput.open(os.fsencode(path).decode(), options)
@@ -377,7 +375,10 @@ def _decoded(path):
     white_is_zero = spec.get_int_attribute("tiff:PhotometricInterpretation", 1) == 0
     if white_is_zero and pixels.dtype == np.uint16:  # OpenImageIO has turned 8 bits
         pixels = 65535 - pixels
-    return pixels, kind, spec.get_int_attribute("Orientation", 1)
+    if "CMYK" in (photometry, spec.get_string_attribute("jpeg:ColorSpace")):
+        spec.erase_attribute("ICCProfile")  # which does not fit RGB
+    spec.erase_attribute("(ICCProfile:|oiio:|tiff:|compression).*")  # of the coding, or of no use in PNG
+    return pixels, kind, spec
 
 
 def _following(image):
@@ -386,56 +387,6 @@ def _following(image):
         if not image.seek_subimage(index, 0):
             return
         yield image.spec().get_int_attribute("tiff:subfiletype")
-
-
-def _read_metadata(raw, kind):
-    """`common` and `own` of `Metadata`; what is damaged is left out."""
-    common, own = {}, {"PNG": _png_chunks, "JPEG": _jpeg_segments}.get(kind, lambda raw: None)(raw)
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(raw), formats=[kind]) as image:
-        exif = image.getexif()
-        exif.bigtiff = False  # the offsets that no other format has
-        common = {key: image.info.get(key) for key in ("xmp", "icc_profile", "dpi")}
-        if min(common["dpi"] or (0,)) <= 1:  # what Pillow says where a TIFF says none
-            del common["dpi"]
-        if image.mode == "CMYK":  # its profile does not fit RGB
-            own = None
-            del common["icc_profile"]
-            exif.pop(TiffImagePlugin.ICCPROFILE, None)
-        if kind == "TIFF":
-            for tag in set(exif) - TIFF_TAGS:
-                del exif[tag]
-            if not isinstance(exif.get(IPTC_TAG, b""), bytes):  # Photoshop writes them as integers
-                exif[IPTC_TAG] = np.array(exif[IPTC_TAG], f"{exif.endian}u4").tobytes()
-            own = [exif.tobytes()]
-            for tag in set(exif) - EXIF_TAGS:
-                del exif[tag]
-        common["exif"] = exif and exif.tobytes()
-    return {key: value for key, value in common.items() if value}, own
-
-
-def _png_chunks(raw):
-    """Chunks of a PNG file that do not describe single pixels."""
-    chunks, place = [], len(PNG_SIGNATURE)
-    while place < len(raw):
-        end = place + 12 + int.from_bytes(raw[place : place + 4], "big")
-        kind = raw[place + 4 : place + 8]
-        if kind == b"acTL":
-            raise ValueError("an animation")
-        if kind[:1].islower() and kind not in PIXEL_CHUNKS:
-            chunks.append(raw[place:end])
-        place = end
-    return chunks
-
-
-def _jpeg_segments(raw):
-    """Segments of a JPEG file that do not describe how its pixels are coded."""
-    segments, place = [], 2
-    while raw[place + 1 : place + 2] not in (b"", START_OF_SCAN):
-        end = place + 2 + int.from_bytes(raw[place + 2 : place + 4], "big")
-        if raw[place + 1] in DESCRIPTIVE_SEGMENTS and raw[place + 4 : place + 8] != b"MPF\0":
-            segments.append(raw[place:end])
-        place = end
-    return segments
 
 
 def upright(pixels, metadata):
@@ -457,14 +408,14 @@ def format_for(path, pixels, alpha=None, metadata=NO_METADATA):
         raise DataError(f"{path}: {suffix} holds no 16 bits; choose .png")
     if alpha is not None and kind == "JPEG":
         raise DataError(f"{path}: JPEG holds no transparency; choose .png")
-    if metadata.kind == "PNG" != kind and _has_colours_of_png(metadata.own):
+    if metadata.kind == "PNG" != kind and _has_colours_of_png(metadata.raw):
         raise DataError(f"{path}: {kind} does not hold its colours (cICP, gAMA or cHRM); choose .png")
     return kind
 
 
-def _has_colours_of_png(chunks):
+def _has_colours_of_png(raw):
     """Whether colours are not those of sRGB, by chunks that other formats do not have."""
-    content = {chunk[4:8]: chunk[8:-4] for chunk in chunks}
+    content = {chunk[4:8]: chunk[8:-4] for chunk in _png_chunks(raw)}
     if {b"cICP", b"iCCP", b"sRGB"} & set(content):
         return b"cICP" in content
     return any(content.get(kind, plain) != plain for kind, plain in SRGB_CHUNKS.items())
@@ -473,100 +424,85 @@ def _has_colours_of_png(chunks):
 def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
-    A file of the format that was read gets all its metadata; of another format EXIF, XMP, colour profile and
-    resolution.
+    From PNG to PNG and from JPEG to JPEG all metadata stay; else EXIF without the maker's notes, colour
+    profile and resolution, of XMP in TIFF the simple properties, and in PNG none.
     """
     kind = format_for(path, pixels, alpha, metadata)
-    channels = pixels if alpha is None else np.concatenate([pixels, alpha[..., None]], axis=2)
-    try:
-        encoded = ENCODERS[kind](channels, metadata.common, metadata.own if kind == metadata.kind else None)
-    except (OSError, ValueError, struct.error) as error:
-        raise OSError(f"{path}: {kind} cannot hold it ({first_line(error)}); choose .png") from None
+    channels = pixels if alpha is None else np.dstack([pixels, alpha])
+    write = _write_png_or_tiff if kind in ("PNG", "TIFF") else _write_jpeg_or_webp
     with atomic(path) as temporary:
-        temporary.write_bytes(encoded)
+        try:
+            write(temporary, kind, np.ascontiguousarray(channels), metadata)
+        except (OSError, ValueError, struct.error) as error:
+            remedy = "free space on the disk, or choose .png"
+            raise OSError(f"{path}: {kind} was not written ({first_line(error)}); {remedy}") from None
 
 
-# Encoders: functions of pixels (H, W, 1 to 4) and of `common` and `own` of `Metadata` to the bytes of a file.
-# OpenImageIO writes no file, since it loses some of EXIF and XMP, and a full disk ends the process in JPEG.
-
-
-def encode_png(channels, common, own):
-    """PNG of 8 or 16 bits, each row as its difference to the one above."""
-    if own is None:
-        texts = PngImagePlugin.PngInfo()
-        texts.add_itxt("XML:com.adobe.xmp", common.get("xmp", b"").decode())
-        own = _png_chunks(
-            _encode_by_pillow(channels[:1, :1, :1].astype(np.uint8), "PNG", common, pnginfo=texts)
-        )
+def _write_png_or_tiff(path, kind, channels, metadata):
     height, width, count = channels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8 * channels.itemsize, PNG_COLOURS[count], 0, 0, 0)
-    rows = channels.astype(channels.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
-    filtered = np.insert(np.diff(rows, axis=0, prepend=np.uint8(0)), 0, PNG_UP, axis=1)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered)), (b"IEND", b"")]
-    head, *rest = (_png_chunk(*part) for part in parts)
-    return b"".join([PNG_SIGNATURE, head, *own, *rest])
+    spec = oiio.ImageSpec(width, height, count, str(channels.dtype))
+    spec.extra_attribs = metadata.spec.extra_attribs
+    spec.channelnames, spec.alpha_channel = CHANNELS[count - 1], -1 if count % 2 else count - 1
+    spec["oiio:UnassociatedAlpha"] = spec["tiff:write_iptc"] = 1
+    file = oiio.ImageOutput.create(kind.lower())
+    written = file.open(os.fsencode(path).decode(), spec) and file.write_image(channels) and file.close()
+    if not written or not np.array_equal(_decoded(path)[0], channels):  # a full disk is not always told
+        raise ValueError(file.geterror())
+    if kind == "PNG":
+        _replace_chunks(path, metadata)
 
 
-def _png_chunk(kind, content):
-    checked = kind + content
-    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+def _replace_chunks(path, metadata):
+    """Put the chunks of the PNG that was read into the one written; of other formats, not sRGB's."""
+    written = path.read_bytes()
+    source, lost = (metadata.raw, CODING_CHUNKS) if metadata.kind == "PNG" else (written, ADDED_CHUNKS)
+    kept = [chunk for chunk in _png_chunks(source) if chunk[4:5].islower() and chunk[4:8] not in lost]
+    head, *pixels = (chunk for chunk in _png_chunks(written) if chunk[4:5].isupper())
+    path.write_bytes(b"".join([written[:PNG_SIGNATURE_BYTES], head, *kept, *pixels]))
 
 
-def encode_jpeg(channels, common, own):
-    """JPEG of quality 95, with colours of full resolution (4:4:4)."""
-    options = {"quality": 95, "subsampling": 0}
-    if own is None:
-        return _encode_by_pillow(channels, "JPEG", common, **options)
-    encoded = _encode_by_pillow(channels, "JPEG", {}, **options)
-    return b"".join([encoded[:2], *own, encoded[2 + JFIF_BYTES :]])
+def _png_chunks(raw):
+    """Chunks of a PNG file: length, kind, content and checksum."""
+    start, kind = PNG_SIGNATURE_BYTES, b""
+    while start < len(raw) and kind != b"IEND":
+        end, kind = start + 12 + int.from_bytes(raw[start : start + 4], "big"), raw[start + 4 : start + 8]
+        yield raw[start:end]
+        start = end
 
 
-def encode_webp(channels, common, own):
-    """WebP without loss, not even of colours under alpha 0; `common` is all that it holds."""
-    return _encode_by_pillow(channels, "WEBP", common, lossless=True, exact=True)
-
-
-def _encode_by_pillow(channels, kind, common, **options):
-    file = io.BytesIO()
+def _write_jpeg_or_webp(path, kind, channels, metadata):
+    # by Pillow: OpenImageIO's JPEG ends the process on a full disk, its WebP changes colours under alpha 0
+    coding = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True, "exact": True}
     image = Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
-    image.save(file, kind, **common, **options)
-    return file.getvalue()
+    file = io.BytesIO()  # since Pillow does not see that a disk fills up
+    image.save(file, kind, **coding, **_described_by_pillow(metadata))
+    path.write_bytes(file.getvalue())
 
 
-def encode_tiff(channels, common, own):
-    """TIFF of 8 or 16 bits, deflated in one strip, each pixel as its difference to the one at its left."""
-    tags, (height, width, count) = Image.Exif(), channels.shape
-    tags.load(own[0] if own else common.get("exif", b""))
-    order = "<" if tags.endian == "<" else ">"
-    differences = np.diff(channels, axis=1, prepend=channels.dtype.type(0))
-    strip = zlib.compress(differences.astype(differences.dtype.newbyteorder(order)))
-    base = ExifTags.Base
-    if own is None and "dpi" in common:
-        tags[base.XResolution], tags[base.YResolution] = common["dpi"]
-        tags[base.ResolutionUnit] = 2  # inch
-    for tag, key in ((XMP_TAG, "xmp"), (base.InterColorProfile, "icc_profile")):
-        if own is None and key in common:
-            tags[tag] = common[key]
-    tags.update(
-        {
-            base.ImageWidth: width,
-            base.ImageLength: height,
-            base.BitsPerSample: (8 * channels.itemsize,) * count,
-            base.Compression: 8,  # deflate
-            base.PhotometricInterpretation: 1 if count < 3 else 2,  # black is zero, or RGB
-            base.StripOffsets: 0,  # from the end of the tags
-            base.SamplesPerPixel: count,
-            base.RowsPerStrip: height,
-            base.StripByteCounts: len(strip),
-            base.Predictor: 2,
-        }
-    )
-    if count % 2 == 0:
-        tags[base.ExtraSamples] = 2  # alpha that is not multiplied into colours
-    return tags.tobytes()[len(b"Exif\0\0") :] + strip
-
-
-ENCODERS = {"PNG": encode_png, "JPEG": encode_jpeg, "TIFF": encode_tiff, "WEBP": encode_webp}
+def _described_by_pillow(metadata):
+    """Options of `Image.save` that hold a file's metadata."""
+    if not metadata.raw:
+        return {}
+    with Image.open(io.BytesIO(metadata.raw), formats=[metadata.kind]) as image:
+        if metadata.kind == "PNG":
+            image.load()  # what lies behind the pixels, too
+        described = {key: image.info.get(key) for key in ("exif", "xmp", "icc_profile", "dpi", "comment")}
+        if image.mode == "CMYK":
+            del described["icc_profile"]
+        if metadata.kind == "TIFF":
+            exif = image.getexif()
+            exif.bigtiff = False  # the offsets that no other format has
+            for tag in set(exif) - EXIF_TAGS:
+                del exif[tag]
+            described |= {"exif": exif.tobytes(), "dpi": None}  # which EXIF has
+        if metadata.kind == "WEBP" and described["exif"]:
+            described["exif"] = b"Exif\0\0" + described["exif"].removeprefix(b"Exif\0\0")
+        segments = [
+            b"\xff" + bytes([0xE0 + int(name[3:])]) + struct.pack(">H", 2 + len(content)) + content
+            for name, content in getattr(image, "applist", [])
+            if name != "COM" and not content.startswith(PILLOW_SEGMENTS)
+        ]
+    return {key: value for key, value in described.items() if value} | {"extra": b"".join(segments)}
 
 
 def pictures_by_name(folder):
