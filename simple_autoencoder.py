@@ -240,21 +240,15 @@ def build_autoencoder(encoder, decoder):
 class DenoisingVAE(keras.Model):
     """Trains an encoder and a decoder, of any number of variational levels, to denoise.
 
-    In training it is fed images and the deviation of the white noise that it adds to each, 0 where they are
-    noisy already, and samples the codes; otherwise it is fed noisy images and takes the codes' means. The
-    loss of an image, in nats per pixel value, is
+    It is fed noisy images; in training, images and the deviation of the white noise to add to each. Training
+    samples the codes, else their means are taken. The loss of an image, in nats per pixel value, is
 
         1/2 log(MSE + g^2) + kl_weight * KL(q(z|x) || N(0, I)),    g one grey level.
 
     The first term is the likelihood of a Gaussian decoder with the best variance for each image (optimal
     sigma-VAE: Rybkin, Daniilidis, Levine, ICML 2021): a decibel counts alike at every sigma. g keeps images
-    without noise from outweighing the rest. With a kl_weight far below 1 this is a beta-VAE (Higgins et al.,
-    ICLR 2017), not a bound of the likelihood.
-
-    Args:
-        encoder: Noisy images to [z_mean, z_log_var] of each level, one after another.
-        decoder: The codes of all levels to images.
-        seed: Of noise and samples.
+    without noise from outweighing the rest. A kl_weight far below 1 makes it a beta-VAE (Higgins et al., ICLR
+    2017), not a bound of the likelihood.
     """
 
     monitor, metric_names = "val_psnr", ("psnr", "kl")
@@ -295,23 +289,18 @@ class DenoisingVAE(keras.Model):
 class DetailVAE(DenoisingVAE):
     """Trains the detail code, so that decoded draws are the clean images that may have been.
 
-    A draw is `decoder(z_mean) + detail_decoder(d)` with d from N(0, s(x)^2), where the detail encoder
-    predicts s(x)^2 from the noisy image x and z_mean. Encoder and decoder of z are frozen: they give the
-    mean, which no draw improves. The loss of an image is
+    A draw is `decoder(z_mean) + detail_decoder(d)`, d from N(0, s(x)^2), whose variance the detail encoder
+    predicts. Encoder and decoder of z are frozen: no draw improves the mean. The loss of an image is
 
-        w(x) * sum over k of v_k * CRPS_k + kl_weight * KL(N(0, s(x)^2) || N(0, I)).
+        w(x) * sum over k of v_k * CRPS_k + kl_weight * KL(N(0, s(x)^2) || N(0, I)),
+        CRPS = 1/2 (|a - y| + |b - y|) - 1/2 |a - b|    of two draws a and b, y the clean image.
 
-    A Gaussian likelihood of single pixels would ignore how their errors correlate. Instead, two independent
-    draws a and b are scored by the clean image y:
-
-        CRPS = 1/2 (|a - y| + |b - y|) - 1/2 |a - b|
-
-    is an unbiased estimate of the continuous ranked probability score, whose expectation only the true
-    distribution minimizes (Gneiting, Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation",
-    2007, eq. 21; for training with few draws: Lang et al., "AIFS-CRPS", 2024). CRPS_k is of means of k x k
-    pixels, so that neighbours in a draw deviate together, as errors do. w(x) is one over the image's mean
-    |a - b|, at least a grey level, taken as a constant: flat and textured images count alike. It rewards
-    draws that deviate too much, so the plain CRPS of pixels decides which epoch is the best.
+    This estimate of the continuous ranked probability score is unbiased, and only the true distribution
+    minimizes its expectation (Gneiting, Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation",
+    2007, eq. 21; for few draws: Lang et al., "AIFS-CRPS", 2024). CRPS_k is of means of k x k pixels, since
+    errors of neighbours correlate. w(x) is one over the image's mean |a - b|, at least a grey level, as a
+    constant: flat and textured images count alike. It rewards draws that are too wide, so the plain CRPS of
+    pixels decides which epoch is the best.
     """
 
     monitor, metric_names = "val_crps", ("crps", "detail_kl")
@@ -488,11 +477,9 @@ def calibrate(encoder, decoder, clean, args):
 
 
 def load_start(args, encoder, decoder):
-    """Load the weights of the run that --start names; return its epochs if --epochs 0 leaves z as it is."""
+    """Load the weights of the run that --start names."""
     util.start_from(encoder, args.out, args.start, "encoder")
     util.start_from(decoder, args.out, args.start, "decoder")
-    rows = [] if args.epochs else util.read_csv(args.out / f"logs/{args.start}.csv")
-    return [row for row in rows if row.get("stage") != "detail"]
 
 
 def train(args, data):
@@ -503,9 +490,10 @@ def train(args, data):
     detail_decoder = build_detail_decoder(args.filters, DETAIL_DECODER_BLOCKS, args.latent_dim)
     joined = join_encoders(encoder, detail_encoder), join_decoders(decoder, detail_decoder)
     start_as_identity(encoder, decoder)
-    rows = load_start(args, *joined) if args.start else []
+    if args.start:
+        load_start(args, *joined)
     vae = DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
-    rows += fit_stage(vae, data, args, "z", args.epochs)
+    rows = fit_stage(vae, data, args, "z", args.epochs)
     rows += fit_detail(vae, (detail_encoder, detail_decoder), joined, data, args, len(rows))
     if not (args.detail_epochs or args.start):
         print("The detail code is not trained: draws of it mean nothing.")
@@ -689,10 +677,7 @@ def posterior_figure(encoder, decoder, clean, blocks, samples):
     util.rows_figure([*rows, ("clean", clean, None)], title, figure=left, unit="grey levels")
     panels, chance = calibration_panels(blocks, samples)
     util.curves_figure(panels, f"{samples} draws, sigma {SHOWN_SIGMA}", figure=right)
-    histogram = right.axes[1]
-    histogram.axhspan(1 - chance, 1 + chance, color="0.9", zorder=0)
-    highest = max(chance, *(abs(np.subtract(line.get_ydata(), 1)).max() for line in histogram.lines))
-    histogram.set_ylim(max(0, 1 - 1.1 * highest), 1 + 1.1 * highest)
+    right.axes[1].axhspan(1 - chance, 1 + chance, color="0.9", zorder=0)
     return figure
 
 
@@ -778,7 +763,7 @@ def write_run(args, models, encoder, decoder, data, rows, more=None):
         record = util.describe_run(args, rows) | {"data": data.identity}
         record["best"] = util.best_row(rows, "val_psnr")
         record["training_images"] = len(data.images[data.denoiser_split])
-        record["pixels_seen"] = sum(row.get("pixels", 0) for row in rows)
+        record["pixels_seen"] = sum(row["pixels"] for row in rows)
         results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES, *QUICK_DRAWS)
         print("Writing figures and feature maps", flush=True)
         draw_results(draft, name, models, encoder, decoder, data, by_sigma, QUICK_DRAWS[1])
@@ -878,7 +863,7 @@ def print_model(args):
 
 
 def picture_row(clean, noisy, models, samples=0, ensemble=1):
-    """Denoise a picture of a test set; its row of the table, and the denoised picture, uint8."""
+    """Denoise a picture of a test set; its row of the table."""
     autoencoder, *posterior = models
     denoised, errors = util.denoise_picture(autoencoder, noisy, 1, posterior, samples, ensemble)
     noisy, denoised = (util.to_uint8(util.to_float(picture)) for picture in (noisy, denoised))
@@ -891,7 +876,7 @@ def picture_row(clean, noisy, models, samples=0, ensemble=1):
         row["expected PSNR"] = psnr_of(root_mean_square(errors))
         # 0.9 if errors are Gaussian and as large as expected; 0.88 of 16 draws, which tell the size roughly
         row["below 1.645 expected errors"] = float((true <= 1.645 * errors[..., None]).mean())
-    return row, denoised
+    return row
 
 
 def readable_pairs(pairs):
@@ -908,11 +893,6 @@ def readable_pairs(pairs):
 
 def evaluate_pictures(args):
     """Measure a saved model on a folder of pictures of any size; print a row for each and their mean."""
-    if args.save:
-        places = [path.resolve() for path in (args.pictures, args.noisy) if path]
-        if any(args.save.resolve().is_relative_to(place) for place in places):
-            raise DataError(f"{args.save}: its pictures would be measured, too; choose another --save")
-        args.save.mkdir(parents=True, exist_ok=True)
     models = load_parts(args)
     pairs = picture_pairs(args.pictures, args.noisy or args.pictures)
     readable = readable_pairs(pairs)
@@ -924,12 +904,8 @@ def evaluate_pictures(args):
     for kind, sigma in [("as given", None)] if args.noisy else noises:
         rows, label = [], f"{kind} {sigma}" if sigma else kind
         for name, clean, noisy in pictures_with_noise(readable, kind, sigma):
-            row, denoised = picture_row(clean, noisy, models, args.samples, args.self_ensemble)
+            row = picture_row(clean, noisy, models, args.samples, args.self_ensemble)
             rows.append({"noise": label, "picture": name} | row)
-            if args.save:
-                stem = f"{name}_{label.replace(' ', '_')}"
-                write_pixels(args.save / f"{stem}_denoised.png", denoised)
-                write_pixels(args.save / f"{stem}.png", util.to_uint8(util.to_float(noisy)))
         means = {key: float(np.mean([row[key] for row in rows])) for key in list(rows[0])[2:]}
         summary.append({"noise": label, "picture": f"mean of {len(rows)}"} | means)
         print(util.format_table([*rows, summary[-1]]), flush=True)
@@ -1073,7 +1049,6 @@ def add_evaluate_options(parser):
     add("--noisy", type=path, help="folder of the same pictures with real noise")
     words = f"noise to add to --pictures, of sigma {SIGMAS[0]} to {SIGMAS[-1]}: {', '.join(NOISE_KINDS)}"
     add("--noise", choices=NOISE_KINDS, nargs="+", default=["white"], metavar="KIND", help=words)
-    add("--save", type=path, metavar="FOLDER", help="write noisy and denoised --pictures there")
 
 
 def add_denoise_options(parser):
@@ -1106,7 +1081,7 @@ def check_train(args, parser):
 
 def check_evaluate(args, parser):
     """End in a usage error if options of `evaluate` do not go together."""
-    excluded, reason = ("noisy", "noise", "save", "samples", "self_ensemble"), "of --pictures only"
+    excluded, reason = ("noisy", "noise", "samples", "self_ensemble"), "of --pictures only"
     if args.pictures:
         excluded, reason = ("dataset", "size", "images"), "not with --pictures"
     for option in excluded:
@@ -1117,13 +1092,9 @@ def check_evaluate(args, parser):
 
 
 def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=lambda parser: None):
-    """Parse the command line of this script, or of one that trains another kind of model the same way.
+    """Parse the command line of this script, or of one that trains another `kind` of model the same way.
 
-    Args:
-        argv: Arguments, by default those of the process.
-        kind: Beginning of the default name of a run.
-        description: Docstring of the script.
-        add_own_options: Function that adds to the parser of the verb `train`, or changes its defaults.
+    `add_own_options` adds to the options of its `train`, or changes their defaults.
     """
     argv, parser, add_verb = util.verb_parser(argv, description)
     train_parser = add_verb("train", help="train a model and save it")

@@ -199,7 +199,7 @@ def train(args, data, base):
     note("simple", f"of {base}, before stacking")
     plan = {"greedy": args.greedy_epochs, "joint": args.epochs}
     if args.start:  # both levels are there already
-        rows = simple.load_start(args, *joined)
+        simple.load_start(args, *joined)
         weights.clear()  # level one alone is nothing to fall back to
         note("start", f"of {args.start}")
         plan = {"joint": args.epochs} if args.epochs else {}
@@ -208,8 +208,7 @@ def train(args, data, base):
         rows += simple.fit_stage(vae, data, args, stage, epochs, len(rows))
         note(stage, f"after the {stage} stage")
     kept = max(reversed(weights), key=psnr.get)  # of equals the latest
-    rows_of_kept = [row for row in rows if row["stage"] == kept] if plan else rows
-    best = util.best_row(rows_of_kept, "val_psnr")
+    best = util.best_row([row for row in rows if row["stage"] == kept], "val_psnr")
     if kept != list(weights)[-1]:
         print(f"The joint stage has not gained: the weights of '{kept}' are kept.")
         vae.set_weights(weights[kept])
