@@ -16,11 +16,9 @@ import numpy as np
 from conftest import (
     NAME,
     ROOT,
-    TINY,
     files_of,
     printed_by,
     random_images,
-    stop_at,
     told_line,
 )
 from keras import layers
@@ -59,21 +57,6 @@ def test_names_with_dollars_or_of_no_unicode_are_drawn(tmp_path):
     drawn = KNN.clusters_figure(data, {"a$^$b": np.zeros((100, 2), int)})
     assert len(drawn.axes) == 2 * KNN.SHOWN_CLUSTERS
     util.save_figure(drawn, tmp_path / "clusters.png")
-
-
-def test_run_is_resumed_by_its_own_script_and_arguments(tmp_path):
-    stop_at("Epoch 2/2", simple, *TINY, "--epochs=2", "--out", tmp_path)
-    before, resume = files_of(tmp_path), ["--resume", f"--name={NAME}", "--out", str(tmp_path)]
-    line = told_line(classifier.parse_args, resume)
-    assert line.startswith(f"--resume: {NAME} is a run of simple_autoencoder.py, or of an older one")
-    for option in ("--size=32", "--seed=5", "--limit=32", "--batch-size=8", "--filters=16", "--kl-weight=1"):
-        line = told_line(simple.parse_args, [*resume, option])
-        assert line.startswith(f"{option.split('=')[0]}: the interrupted run has ")
-        assert line.endswith("; --resume takes other epochs and another --learning-rate only")
-    assert simple.parse_args([*TINY, *resume]).filters == 12  # what it has may be said again
-    changed = simple.parse_args([*resume, "--epochs=3", "--detail-epochs=2", "--learning-rate=1e-4"])
-    assert (changed.epochs, changed.detail_epochs, changed.learning_rate) == (3, 2, 1e-4)
-    assert files_of(tmp_path) == before
 
 
 def test_folders_with_long_names_give_runs_that_can_be_resumed():

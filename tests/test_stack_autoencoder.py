@@ -216,37 +216,36 @@ def test_level_one_is_frozen_in_the_greedy_stage(stacked, tmp_path, monkeypatch)
     assert seen["joint"] > 1e-4
 
 
-def test_stack_goes_on_from_a_saved_one_without_a_greedy_stage(stacked, tmp_path, monkeypatch):
+def tuned(stacked, out, monkeypatch, epochs):
+    """Go on from the stack: the record, what is printed, and whether the weights are those of the stack."""
     kept = {}
     monkeypatch.setattr(simple, "write_run", lambda args, models, *_: kept.update(record=_[-1], **models))
-    out = shutil.copytree(stacked.out, tmp_path / "out")
-    options = ["--epochs=0", "--detail-epochs=0", f"--start={STACKED}", "--name=tuned", "--out", out]
-    printed_by(stack, *TINY, *options)
-    stages = kept["record"]["validation_psnr"]
-    assert list(stages) == ["simple", "start"]
-    before = util.read_record(out, STACKED)["validation_psnr"]
-    assert stages["start"] == pytest.approx(max(before["greedy"], before["joint"]), abs=0.01)
+    shutil.copytree(stacked.out, out)
+    options = [f"--epochs={epochs}", "--detail-epochs=0", f"--start={STACKED}", "--name=tuned", "--out", out]
+    printed = printed_by(stack, *TINY, *options)
     saved = util.load_model(out, STACKED, "autoencoder")
-    for ours, theirs in zip(kept["tuned"].get_weights(), saved.get_weights(), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    pairs = zip(kept["tuned"].get_weights(), saved.get_weights(), strict=True)
+    return kept["record"], printed, all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_stack_goes_on_from_a_saved_one_without_a_greedy_stage(stacked, tmp_path, monkeypatch):
+    record, _, same = tuned(stacked, tmp_path / "out", monkeypatch, epochs=0)
+    stages, before = (run["validation_psnr"] for run in (record, util.read_record(stacked.out, STACKED)))
+    assert list(stages) == ["simple", "start"]
+    assert stages["start"] == pytest.approx(max(before["greedy"], before["joint"]), abs=0.01)
+    assert same
 
 
 @pytest.mark.parametrize("best", ["start", "joint"])
 def test_stage_that_has_not_gained_is_taken_back(best, stacked, tmp_path, monkeypatch):
-    told, kept = {"simple": 20, "start": 30, "joint": 29 + 2 * (best == "joint")}, {}
+    told = {"simple": 20, "start": 30, "joint": 29 + 2 * (best == "joint")}
     measured = iter(told.values())
     monkeypatch.setattr(stack, "validation_psnr", lambda *_: next(measured))
-    monkeypatch.setattr(simple, "write_run", lambda args, models, *_: kept.update(record=_[-1], **models))
-    out = shutil.copytree(stacked.out, tmp_path / "out")
-    options = ["--epochs=1", "--detail-epochs=0", f"--start={STACKED}", "--name=tuned", "--out", out]
-    printed = printed_by(stack, *TINY, *options)
-    saved = util.load_model(out, STACKED, "autoencoder")
-    pairs = zip(kept["tuned"].get_weights(), saved.get_weights(), strict=True)
-    same = all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+    record, printed, same = tuned(stacked, tmp_path / "out", monkeypatch, epochs=1)
     assert same == (best == "start")
     assert ("The joint stage has not gained: the weights of 'start' are kept." in printed) == same
-    assert kept["record"]["validation_psnr"] == told
-    assert (kept["record"]["best"] is None) == same
+    assert record["validation_psnr"] == told
+    assert (record["best"] is None) == same
 
 
 def test_evaluate_shows_simple_beside_stacked(stacked, tmp_path):
