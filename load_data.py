@@ -22,9 +22,8 @@ import math
 import os
 import struct
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import stl10_input
@@ -130,7 +129,6 @@ class Data:
     labels: dict
     class_names: tuple
     checksums: dict  # for the run record: MD5 of each file or its pixels, or one of all names and sizes
-    pictures: dict = field(default_factory=dict)  # of photographs, by split: which one each patch is cut from
     shown_picture: np.ndarray | None = None  # of photographs: one held out for testing, or its middle
 
     @property
@@ -156,18 +154,10 @@ class Data:
         return np.ascontiguousarray(self.images[split][:count])
 
     def shown(self, split, count):
-        """Images to look at: of the first those with texture, of as many pictures as possible."""
+        """Images to look at: the one with most texture in each of `count` stretches of a split."""
         images = self.images[split][:VALIDATION]
-        pictures = self.pictures.get(split, np.arange(len(images)))
-        textures = np.array([texture(image) for image in images])
-        order = np.argsort(-textures, kind="stable")
-        order = order[textures[order] >= textures[order[:count]].min() / 2]  # a flat one shows nothing
-        seen, turns = Counter(), []
-        for picture in pictures[order]:
-            turns.append(seen[picture])
-            seen[picture] += 1
-        chosen = order[np.argsort(turns, kind="stable")][:count]
-        return np.ascontiguousarray(images[chosen])
+        stretches = np.array_split(np.arange(len(images)), min(count, len(images)))
+        return np.stack([max(images[stretch], key=texture) for stretch in stretches])
 
 
 def texture(image):
@@ -304,11 +294,6 @@ class Metadata:
     spec: oiio.ImageSpec  # with what OpenImageIO knows of it
     raw: bytes  # the file
 
-    @property
-    def orientation(self):
-        """That of EXIF, 1 to 8."""
-        return self.spec.get_int_attribute("Orientation", 1)
-
 
 NO_METADATA = Metadata("", oiio.ImageSpec(), b"")
 
@@ -391,7 +376,7 @@ def _following(image):
 
 def upright(pixels, metadata):
     """Turn and mirror pixels (H, W, C) of a file as its EXIF orientation says."""
-    orientation = metadata.orientation
+    orientation = metadata.spec.get_int_attribute("Orientation", 1)
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
@@ -624,11 +609,11 @@ def _split_and_cut(pictures, labels_of, size, margin):
     """Split pictures, uint8 (H, W, 3), by `split_pictures`, then cut them; few are each cut into three bands.
 
     Returns:
-        Three dicts by split: patches uint8 (N, side, side, 3), labels int64 (N,), and which picture each
-        patch is cut from (N,); and the test picture with most texture, or its middle.
+        Two dicts by split: patches uint8 (N, side, side, 3) and labels int64 (N,); and the test picture with
+        most texture, or its middle.
     """
     count, splits = len(labels_of), split_pictures(labels_of)
-    patches, cut_from = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
+    patches, labels = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
     shown, most = None, -1
     for index, picture in enumerate(pictures):
         regions = {splits[index]: picture}
@@ -639,7 +624,7 @@ def _split_and_cut(pictures, labels_of, size, margin):
             rng = np.random.default_rng((SPLIT_SEED, index))
             cut = _patches_of(region, size, margin, split, rng, max(1, MAX_PATCHES // count))
             patches[split].append(np.array(cut, np.uint8))
-            cut_from[split] += [index] * len(cut)
+            labels[split] += [labels_of[index]] * len(cut)
             if split == "test" and cut:
                 middle = _middle(region, min(SHOWN_PICTURE[0], 2 * region.shape[1]), SHOWN_PICTURE[1])
                 if texture(middle) > most:
@@ -647,9 +632,8 @@ def _split_and_cut(pictures, labels_of, size, margin):
     for split, cut in patches.items():
         side = size + margin * (split == "train")
         patches[split] = np.concatenate([np.empty((0, side, side, 3), np.uint8), *filter(len, cut)])
-    cut_from = {split: np.array(listed, np.int64) for split, listed in cut_from.items()}
-    labels = {split: np.array(labels_of, np.int64)[listed] for split, listed in cut_from.items()}
-    return patches, labels, cut_from, shown
+    labels = {split: np.array(listed, np.int64) for split, listed in labels.items()}
+    return patches, labels, shown
 
 
 def _middle(picture, height, width):
@@ -660,12 +644,12 @@ def _middle(picture, height, width):
 def _load_photos(size, margin):
     photographs = load_sample_images()
     labels_of = range(len(photographs.images))
-    images, labels, *pictures = _split_and_cut(photographs.images, labels_of, size, margin)
+    images, labels, shown = _split_and_cut(photographs.images, labels_of, size, margin)
     checksums = {
         Path(name).name: hashlib.md5(picture).hexdigest()
         for name, picture in zip(photographs.filenames, photographs.images, strict=True)
     }
-    data = Data("photos", images, labels, PHOTOS_CLASSES, checksums, *pictures)
+    data = Data("photos", images, labels, PHOTOS_CLASSES, checksums, shown)
     return _shuffle_held_out(data, "photos", size)
 
 
@@ -673,8 +657,7 @@ def _shuffle_held_out(data, source, size):
     """Shuffle the held-out patches, so that the first ones come from many pictures."""
     for split, count in {"validation": VALIDATION, "test": None}.items():
         order = np.random.default_rng(SPLIT_SEED).permutation(len(data.labels[split]))[:count]
-        for part in (data.images, data.labels, data.pictures):
-            part[split] = part[split][order]
+        data.images[split], data.labels[split] = data.images[split][order], data.labels[split][order]
     for split, images in data.images.items():
         if not len(images):
             none = f"no picture drawn for {split} gives a patch of {size}x{size}"
@@ -718,12 +701,12 @@ def _load_folder(folder, size, margin):
     classes = sorted(set(class_of.values()))
     print(f"Cutting {len(files):,} images of {folder} into {size}x{size} patches", flush=True)
     labels = [classes.index(class_of[path]) for path in files]
-    images, labels, *pictures = _split_and_cut(map(_readable_picture, files), labels, size, margin)
+    images, labels, shown = _split_and_cut(map(_readable_picture, files), labels, size, margin)
     # a name that is no Unicode is shown with escapes
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
     listing = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files])
     checksums = {"names and sizes": hashlib.md5(listing.encode()).hexdigest()}
-    data = Data(dataset_name(folder), images, labels, classes, checksums, *pictures)
+    data = Data(dataset_name(folder), images, labels, classes, checksums, shown)
     return _shuffle_held_out(data, folder, size)
 
 

