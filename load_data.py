@@ -409,8 +409,8 @@ def _has_colours_of_png(raw):
 def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
-    From PNG to PNG and from JPEG to JPEG all metadata stay; else EXIF without the maker's notes, colour
-    profile and resolution, of XMP in TIFF the simple properties, and in PNG none.
+    From PNG to PNG and into JPEG and WebP metadata stay as they are. TIFF, and PNG from other formats, get
+    EXIF without notes of the maker, profile and resolution; of XMP TIFF gets simple properties, PNG none.
     """
     kind = format_for(path, pixels, alpha, metadata)
     channels = pixels if alpha is None else np.dstack([pixels, alpha])
@@ -608,9 +608,7 @@ def split_pictures(labels):
 def _split_and_cut(pictures, labels_of, size, margin):
     """Split pictures, uint8 (H, W, 3), by `split_pictures`, then cut them; few are each cut into three bands.
 
-    Returns:
-        Two dicts by split: patches uint8 (N, side, side, 3) and labels int64 (N,); and the test picture with
-        most texture, or its middle.
+    Returns patches and labels by split, and the middle of the test picture with most texture.
     """
     count, splits = len(labels_of), split_pictures(labels_of)
     patches, labels = ({split: [] for split in PATCH_SPLITS} for _ in range(2))

@@ -24,32 +24,12 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 ON_NUMPY = {"KERAS_BACKEND": "numpy"}  # which starts fast
 
 seeds = st.integers(0, 2**32 - 1)
-sigmas = st.floats(0, 255)
 sides = st.integers(1, 60)
-pictures = arrays(np.uint8, array_shapes(min_dims=3, max_dims=3, max_side=12).map(lambda shape: (2, *shape)))
-
-
-@given(pictures, sigmas, seeds)
-def test_noise_is_that_of_its_seed_and_sigma(clean, sigma, seed):
-    for rng, noise_seed in ((None, 0), (np.random.default_rng(seed), seed)):  # by default the protocol's
-        noisy = add_noise(clean, sigma, rng)
-        assert (noisy.dtype, noisy.shape) == (np.float32, clean.shape)
-        expected = clean / 255 + np.random.default_rng(noise_seed).normal(0, sigma / 255, clean.shape)
-        np.testing.assert_allclose(noisy, expected, atol=1e-5)
-
-
-@given(pictures, st.lists(sigmas, min_size=2, max_size=2))
-def test_noise_without_sigma_is_none_and_scales_with_it(clean, sigma):
-    zero = add_noise(clean, 0)
-    np.testing.assert_allclose(zero, clean / np.float32(255), atol=1e-6)
-    noise, unit = add_noise(clean, sigma) - zero, add_noise(clean, 1) - zero
-    np.testing.assert_allclose(noise, unit * np.reshape(sigma, (2, 1, 1, 1)), atol=1e-3)
 
 
 def test_noise_is_not_clipped_and_sigma_not_negative():
@@ -188,13 +168,6 @@ def test_patches_of_different_splits_come_from_different_columns():
     seen = {split: set(np.unique(patches)) for split, patches in images.items()}
     for one, other in itertools.combinations(seen.values(), 2):
         assert not one & other
-
-
-def test_corners_are_those_of_all_whole_patches():
-    picture = random_images(25, 33, 3)
-    expected = [(top, left) for top in range(0, 18, 4) for left in range(0, 26, 4)]
-    assert load_data.corners(picture, 8, 4) == expected
-    assert load_data.corners(picture[:7], 8, 4) == []
 
 
 def test_images_are_cut_to_whole_cells():

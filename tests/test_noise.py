@@ -268,11 +268,6 @@ def test_cameras_smooth_edges_less():
     assert edges > 1.15 * without
 
 
-def test_camera_takes_pictures_of_any_size():
-    clean = np.random.default_rng(0).integers(0, 256, (1, 17, 23, 3), np.uint8)
-    assert add_noise(clean, 12, kind="camera").shape == clean.shape
-
-
 def test_demosaicing_keeps_flat_colours_and_measured_values():
     rng = np.random.default_rng(0)
     bayer = load_data.bayer_colours((20, 12, 14), rng)
