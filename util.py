@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -30,12 +31,12 @@ import sys
 import tempfile
 import time
 import warnings
-import zlib
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at length
-logging.getLogger("tensorflow").setLevel(logging.ERROR)  # and warns of every new model's first prediction
-
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+logging.getLogger("tensorflow").setLevel(logging.ERROR)  # warns of every new model's first prediction
+stderr = os.dup(2)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where TensorFlow's libraries greet when they are imported
 try:
     import keras
 
@@ -47,37 +48,31 @@ try:
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, MaxNLocator
 except (ImportError, ValueError) as error:  # ValueError: a backend that does not exist
     sys.exit(f"{error}; see requirements.txt and KERAS_BACKEND")
+except KeyboardInterrupt:
+    sys.exit(130)
+finally:
+    os.dup2(stderr, 2)
 
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
 keras.config.set_floatx("float32")
 matplotlib.rcParams["text.parse_math"] = False  # names hold dollar signs
 
-try:
-    import fcntl
-except ImportError:  # Windows: no advisory locks, so two runs of one name are not noticed there
-    fcntl = None
-
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models", "weights", "figures", "feature_maps", "logs", "gifs")
-GIF_FRAME_MS = 250
-PROGRESS_SECONDS = 10  # between two lines that show how far some work is
-BATCH, BATCH_SIDE = 250, 96  # images of up to such a side that are computed at a time, outside training
 PARTS = ("encoder", "decoder", "autoencoder")  # models of a denoiser's run
-PART_PREFIXES = tuple(f"{part}_" for part in PARTS)  # of the names of their files
 RESERVED_NAMES = ("sigma", "clean", "noisy", "pixels", "PCA")  # beside runs in tables and figures
 NAME_BYTES = 100  # of a run, and of a data set in it: names of files are made of two, of 255 bytes at most
 NOT_RECORDED = ("verb", "resume", "out", "data_dir")  # arguments of a call, not of a run
-CHANGEABLE = (*NOT_RECORDED, "learning_rate")  # by --resume, beside numbers of epochs
-DRAWS_SEED = 2  # of draws; (0, 0, 0) would be the stream of 0, the seed of test noise
-TILE, DRAWS_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
-# of the denoisers that the scripts build, in pixels; a test measures them
-STRIDE = 4  # of what height and width of images must be multiples
+PROGRESS_SECONDS = 10  # between two lines that show how far some work is
+GIF_FRAME_MS = 250
+BATCH, BATCH_SIDE = 250, 96  # images of up to such a side that are computed at a time, outside training
+STRIDE = 4  # of what height and width of a model's images must be multiples, in pixels
 REACH, DRAWS_REACH = 80, 128  # how far around a cell of STRIDE x STRIDE pixels results and draws look
+TILE, DRAWS_TILE = 1024, 512  # sides in pixels: a few hundred megabytes, with codes and draws too
 LARGEST_PIXEL = 10  # of a picture of floats: strong noise, but not on the 0-255 scale
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+DRAWS_SEED = 2  # of draws; (0, 0, 0) would be the stream of 0, the seed of test noise
 
 
 class ModelError(OSError):
@@ -90,9 +85,7 @@ def add_run_options(parser):
     add("--name", type=run_name, help="name of the run (default: from the data set)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that the run draws but test noise")
     add("--limit", type=number(int, 1), help="use the first LIMIT training images only")
-    add(
-        "--out", type=given_path, default=HERE, help="where models/, weights/, figures/ and so on are written"
-    )
+    add("--out", type=given_path, default=HERE, help="where models/, weights/ and so on are written")
 
 
 def add_training_options(parser, epochs, batch_size):
@@ -114,53 +107,50 @@ def add_precision_option(parser):
 
 def add_saved_run_options(parser, default="from the data set"):
     """Add the options for the saved run that a verb works on."""
-    add = parser.add_argument
-    add("--name", type=run_name, help=f"saved run (default: {default})")
-    add("--out", type=saved_folder, default=HERE, help="where models/, weights/ and logs/ are")
+    parser.add_argument("--name", type=run_name, help=f"saved run (default: {default})")
+    words = "where models/, weights/ and logs/ are"
+    parser.add_argument("--out", type=given_path, default=HERE, help=words)
 
 
 def parse_resumable(parser, train_parser, argv, default_name):
     """Parse a command line; a training that is resumed has the arguments that it was started with.
 
-    Processes that are to train together join here, before anything is computed.
-
-    Args:
-        parser: Of the whole command line.
-        train_parser: Of the verb `train`.
-        argv: Arguments, beginning with a verb.
-        default_name: Function of the arguments that names a run without --name.
+    Processes that are to train together join here, before anything is computed. `default_name` is a function
+    of the arguments that names a run without --name.
     """
     args = parser.parse_args(argv)
-    stored = {}
     try:
         args.name = args.name or run_name(default_name(args))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --name: {error}")
+    stored = {}
     if args.verb == "train":
         join_processes()
-        check_same_settings({"--resume": args.resume})
-        if args.resume:
-            stored = broadcast_json(resumed_arguments(args.out, args.name) if is_first() else None)
-            script = stored.pop("script")
-            if stored.keys() != vars(args).keys() - {"verb", "out", "resume"}:
-                raise ModelError(
-                    f"--resume: {args.name} is a run of {script}, or of an older one; resume it there"
-                )
-            train_parser.set_defaults(**stored)
-            args = parser.parse_args([*argv, "--name", args.name])
+        stored = gathered(resumed_arguments(args) if args.resume and is_first() else {})[0]
+        train_parser.set_defaults(**stored)
+        args = parser.parse_args([*argv, "--name", args.name])
     if "precision" in args:
         args.precision = args.precision or fast_precision()
-    check_same_settings({_option(key): value for key, value in recorded_arguments(args).items()})
+    check_same_settings({"resume": getattr(args, "resume", False)} | recorded_arguments(args))
     for key, value in stored.items():
         other_epochs = "epochs" in key and value  # a stage that was left out stays so
-        if getattr(args, key) != value and key not in CHANGEABLE and not other_epochs:
+        if getattr(args, key) != value and key not in ("data_dir", "learning_rate") and not other_epochs:
             remedy = "--resume takes other epochs and another --learning-rate only"
-            raise ModelError(f"{_option(key)}: the interrupted run has {value}; {remedy}")
+            raise ModelError(f"--{key.replace('_', '-')}: the interrupted run has {value}; {remedy}")
     return args
 
 
-def _option(argument):
-    return f"--{argument.replace('_', '-')}"
+def resumed_arguments(args):
+    """Arguments that an interrupted run was started with, but for those of the command that resumes it."""
+    path = training_folder(args.out, args.name) / "arguments.json"
+    if not path.exists():
+        raise ModelError(f"{path}: not found, nothing to resume; train without --resume")
+    stored = _read_json(path, f"delete {path.parent} and train without --resume")
+    script, own = stored.pop("script", "another script"), ("verb", "out", "resume")
+    arguments = {key: value for key, value in stored.items() if key not in ("data", *own)}
+    if arguments.keys() != vars(args).keys() - set(own):
+        raise ModelError(f"--resume: {args.name} is a run of {script}, or of an older one; resume it there")
+    return arguments
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -174,17 +164,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def verb_parser(argv, description):
     """Parser of a script that knows verbs, of which `train` is meant where none is given.
 
-    Returns:
-        Arguments that begin with a verb, the parser, and what adds the verbs' parsers: a function of name and
-        help.
+    Returns arguments that begin with a verb, the parser, and a function of name and help that adds a verb.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "train")
-    parser = argparse.ArgumentParser(
-        description=(description or "").partition("\n")[0],  # none under python -OO
-        epilog="Without a verb, train is meant; its options: train --help",
-    )
+    epilog = "Without a verb, train is meant; its options: train --help"
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0], epilog=epilog)
     add_parser = parser.add_subparsers(dest="verb", required=True).add_parser
     return argv, parser, functools.partial(add_parser, formatter_class=HelpFormatter)
 
@@ -204,7 +190,7 @@ def number(kind, low, high=10**9):
 
 def run_name(text):
     """Check the name of a run: letters, digits, `_` and `-`; it becomes part of file names and commands."""
-    if text in RESERVED_NAMES or text.startswith(PART_PREFIXES):
+    if text in RESERVED_NAMES or text.split("_")[0] in PARTS:
         raise argparse.ArgumentTypeError(f"{text!r} has a meaning of its own; choose another")
     if not re.fullmatch(r"\w[\w-]*", text) or len(os.fsencode(text)) > NAME_BYTES:
         rule = f"use letters, digits, _ and, but not first, -; {NAME_BYTES} bytes at most"
@@ -217,14 +203,6 @@ def given_path(text):
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
-
-
-def saved_folder(text):
-    """Path of a folder on the command line, which must be there: a mistyped one is not to be made."""
-    path = given_path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder; saved runs are there, pictures go --to")
-    return path
 
 
 def progress(total, label):
@@ -242,26 +220,25 @@ def progress(total, label):
 
 
 def gpus():
-    """Name and compute capability, such as (8, 0), of the GPUs that the backend computes on."""
+    """Name and major compute capability, such as 8, of the GPUs that the backend computes on."""
     backend = keras.backend.backend()
+    found = []
     if backend == "jax":
         import jax
 
-        found = [device for device in jax.local_devices() if device.platform == "gpu"]
-        return [
-            (gpu.device_kind, tuple(map(int, re.findall(r"\d+", gpu.compute_capability)))) for gpu in found
-        ]
-    if backend == "tensorflow":
+        for gpu in [device for device in jax.local_devices() if device.platform == "gpu"]:
+            found.append((gpu.device_kind, int(re.search(r"\d+", gpu.compute_capability)[0])))
+    elif backend == "tensorflow":
         from tensorflow import config
 
-        found = map(config.experimental.get_device_details, config.list_physical_devices("GPU"))
-        return [(gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0, 0))) for gpu in found]
-    if backend == "torch":
+        for gpu in map(config.experimental.get_device_details, config.list_physical_devices("GPU")):
+            found.append((gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0,))[0]))
+    elif backend == "torch":
         from torch import cuda
 
-        found = range(cuda.device_count())
-        return [(cuda.get_device_name(gpu), cuda.get_device_capability(gpu)) for gpu in found]
-    return []
+        for gpu in range(cuda.device_count()):
+            found.append((cuda.get_device_name(gpu), cuda.get_device_capability(gpu)[0]))
+    return found
 
 
 def fast_precision():
@@ -269,7 +246,7 @@ def fast_precision():
     capabilities = [capability for _, capability in gpus()]
     is_fast = re.search(r"\bavx512_bf16\b|\bamx_bf16\b", _cpu_details())
     if capabilities:
-        is_fast = min(capabilities) >= (8, 0)
+        is_fast = min(capabilities) >= 8
     return "mixed_bfloat16" if is_fast else "float32"
 
 
@@ -281,18 +258,14 @@ def _cpu_details():
 def run_script(main):
     """Call `main()` and end the process, as every script does that reads or writes runs.
 
-    Exit code 0 when done, 1 after a failure that one line on stderr says (any `OSError`, or too little
-    memory), 130 after Ctrl-C or SIGTERM. Wrong usage ends in 2 by argparse. Anything else is a bug and keeps
-    its traceback. In a notebook, whose kernel goes on, every fault is an exception.
+    Exit code 0 when done, 1 after a failure that one line on stderr says, 130 after Ctrl-C or SIGTERM; wrong
+    usage ends in 2 by argparse. Anything else is a bug and keeps its traceback. In a notebook, whose kernel
+    goes on, every fault is an exception.
     """
     if hasattr(builtins, "__IPYTHON__"):
         main()
         return
-
-    def stop(signum, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold what a terminal may not
     try:
@@ -300,16 +273,16 @@ def run_script(main):
         sys.stdout.flush()
         return
     except KeyboardInterrupt as stopped:
-        code, line = 130, f"\n{stopped}" if stopped.args else "\nStopped."
+        code, line = 130, f"\n{str(stopped) or 'Stopped.'}\n"
     except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
         code, line = 1, ""
     except OSError as error:
-        code, line = 1, error_line(error)
+        code, line = 1, f"{error_line(error)}\n"
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        code, line = 1, f"Not enough memory ({first_line(error)}); choose smaller numbers or pictures"
-    print(line, file=sys.stderr, end="\n" if line else "", flush=True)
+        code, line = 1, f"Not enough memory ({first_line(error)}); choose smaller numbers or pictures\n"
+    print(line, file=sys.stderr, end="", flush=True)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)  # TensorFlow's feeding threads can abort a process that shuts down amid `fit`
@@ -322,7 +295,9 @@ def _is_out_of_memory(error):
 def error_line(error):
     """What an `OSError` says, in one line."""
     line = " ".join(str(error).split())
-    is_disk_full = error.errno in DISK_FULL or "requested and" in line  # as NumPy says it
+    is_disk_full = (
+        error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "requested and" in line
+    )  # NumPy
     return f"{line}; free some space and run again" if is_disk_full else line
 
 
@@ -354,19 +329,11 @@ def _to_disk(path):
 
 @contextlib.contextmanager
 def publishing(out, name):
-    """Collect all files of a run in a folder of their own, and move them into `out` when all are there.
+    """Collect the files of a run in a folder to write to as if it were `out`; move them there at the end.
 
     If the block fails, nothing of `out` has changed. The record is moved last: if the process is killed amid
     the moves, files that do not fit the old record are refused until the same command, for a training with
-    --resume, has published the run anew. Processes that have trained together part here: the first one alone
-    goes on.
-
-    Args:
-        out: Folder that holds `models/`, `weights/` and so on.
-        name: Name of the run.
-
-    Yields:
-        Folder to write to as if it were `out`.
+    --resume, has published the run anew. Of processes that have trained together, the first alone goes on.
     """
     _disconnect()
     if not is_first():
@@ -395,53 +362,44 @@ def locked(out, name):
     for folder in FOLDERS:  # what is in their place is found before the work
         (Path(out) / folder).mkdir(parents=True, exist_ok=True)
     path = Path(out) / "logs" / f".{name}.lock"
-    with open(path, "a") as file:  # which leaves alone what a link points to
+    with open(path, "a") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ModelError(f"{path}: another run named {name} is going on; choose another --name") from None
-        except OSError as error:  # Lustre and some NFS have no locks
-            print(f"{path}: cannot be locked ({error.strerror}); start no second run named {name} meanwhile")
+        except (ImportError, OSError) as error:  # Windows, Lustre and some NFS have no locks
+            print(f"{path}: cannot be locked ({error}); start no second run named {name} meanwhile")
         yield
 
 
-def training_folder(out, name):
-    """Working folder of a training run; removed when the run ends well.
-
-    Of several processes, all but the first have a scratch folder.
-    """
-    return Path(out if is_first() else _scratch()) / "logs" / f"{name}.training"
-
-
 @functools.cache
-def _scratch():
-    return tempfile.mkdtemp()
+def training_folder(out, name):
+    """Working folder of a training, removed when it ends well; a temporary one but for the first process."""
+    return (Path(out) if is_first() else Path(tempfile.mkdtemp())) / "logs" / f"{name}.training"
 
 
 @contextlib.contextmanager
 def training(script, args, checksums, part=None):
     """Prepare a training run: lock, working folder, precision, seed. Say how to resume it when it is stopped.
 
-    Args:
-        script: `__file__` of the script.
-        args: Its arguments, with `out`, `name`, `resume`, `seed`, `precision`.
-        checksums: Of the data.
-        part: One of PARTS that the run will write; None where it will write one model.
+    `script` is the `__file__` of the caller, `checksums` are those of the data, `part` is one of PARTS that
+    the run will write, None where it will write a single model.
     """
     out, folder = Path(args.out), training_folder(args.out, args.name)
-    arguments = folder / "arguments.json"
+    model = f"models/{part}_{args.name}.json" if part else f"models/{args.name}.json"
     files = read_record(out, args.name).get("files")
-    if files and f"models/{_model_name(args.name, part)}.json" not in files:
+    if files and model not in files:
         raise ModelError(f"{out}/logs/{args.name}.json: of a run of another kind; choose another --name")
     if files:
         print(f"When it has ended, this run replaces the files of {args.name}; --name keeps both.")
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
     command = [sys.executable, script, "--resume", "--name", args.name]
-    if out != HERE:
-        command += ["--out", str(out.resolve())]
+    command += [] if out == HERE else ["--out", str(out.resolve())]
     with locked(folder.parents[1], args.name):
+        arguments = folder / "arguments.json"
         if not args.resume:
             if any(folder.rglob("checkpoint.*")):
                 raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
@@ -457,20 +415,11 @@ def training(script, args, checksums, part=None):
             raise KeyboardInterrupt(f"Stopped. Go on with: {shlex.join(command)}") from None
         finally:
             if not is_first():
-                shutil.rmtree(_scratch())
+                shutil.rmtree(folder.parents[1])
         if (folder / "tensorboard").exists():
             shutil.rmtree(out / f"logs/{args.name}", ignore_errors=True)
             shutil.move(folder / "tensorboard", out / f"logs/{args.name}")
         shutil.rmtree(folder)
-
-
-def resumed_arguments(out, name):
-    """Arguments of the interrupted run `name`, without those that belong to the command that resumes it."""
-    path = training_folder(out, name) / "arguments.json"
-    if not path.exists():
-        raise ModelError(f"{path}: not found, nothing to resume; train without --resume")
-    arguments = _read_json(path, f"delete {path.parent} and train without --resume")
-    return {key: value for key, value in arguments.items() if key not in ("data", "verb", "out", "resume")}
 
 
 def sha256_of(path):
@@ -508,10 +457,7 @@ def write_record(draft, name, record):
 
 
 def describe_run(args, rows):
-    """What the record of every training run says; `rows` are its metrics, a dict for each epoch.
-
-    It keeps a summary of the run that --start names, since the new run may replace it.
-    """
+    """What the record of every training run says, a summary of the run that --start names included."""
     before = read_record(args.out, args.start) if args.start else {}
     summary = ("name", "arguments", "environment", "training_seconds", "epochs", "started_from")
     return {
@@ -602,15 +548,6 @@ class _WeightsInMemory(io.BytesIO):
         return "memory.weights.h5"  # Keras looks at the ending
 
 
-def write_weights(path, model, history=None):
-    """Write the weights of a model, in full precision, and with them the history of its training."""
-    memory = _WeightsInMemory(model)
-    if history is not None:
-        with h5py.File(memory, "a") as file:
-            file["history"] = json.dumps(history)
-    Path(path).write_bytes(memory.getbuffer())
-
-
 def save_model(draft, model, name):
     """Write `models/NAME.json` and `weights/NAME.weights.h5` of a functional model of stock layers."""
     copy = portable_copy(model)
@@ -630,17 +567,12 @@ def save_model(draft, model, name):
     (draft / "weights" / f"{name}.weights.h5").write_bytes(memory.getbuffer())
 
 
-def _model_name(run, part):
-    """Name of a model's files: of a part of a run, or of a run that has one model."""
-    return f"{part}_{run}" if part else run
-
-
 def saved_runs(out, part=None):
     """Sorted names of the runs that have saved this part or, without `part`, a single model."""
     names = sorted(path.stem for path in Path(out).glob("models/*.json"))
     if part:
         return [name.removeprefix(f"{part}_") for name in names if name.startswith(f"{part}_")]
-    return [name for name in names if not name.startswith(PART_PREFIXES)]
+    return [name for name in names if name.split("_")[0] not in PARTS]
 
 
 def denoiser_runs(out, dataset, part):
@@ -656,12 +588,9 @@ def load_model(out, run, part=None, precision="float32"):
         out: Folder that holds `models/`, `weights/` and `logs/`.
         run: Name of the run.
         part: One of PARTS; None where the run has one model (a classifier).
-        precision: Arithmetic of the model, `float32` or `mixed_bfloat16`.
-
-    Returns:
-        `keras.Model`, uncompiled, with float32 outputs.
+        precision: Arithmetic of the uncompiled model, `float32` or `mixed_bfloat16`; it gives float32.
     """
-    out, name = Path(out), _model_name(run, part)
+    out, name = Path(out), f"{part}_{run}" if part else run
     architecture, weights = out / "models" / f"{name}.json", out / "weights" / f"{name}.weights.h5"
     if not architecture.exists():
         there = ", ".join(saved_runs(out, part)) or "no trained model yet"
@@ -672,31 +601,30 @@ def load_model(out, run, part=None, precision="float32"):
             raise ModelError(f"{path}: not found; restore it or train {run} again")
         expected = checksums.get(path.relative_to(out).as_posix())
         if expected and sha256_of(path) != expected:
-            raise ModelError(
-                f"{path}: not the file that {run} wrote (SHA-256 differs); restore it or train again"
-            )
+            found = f"not the file that {run} wrote (SHA-256 differs)"
+            raise ModelError(f"{path}: {found}; restore it or train again")
     try:
         config = _in_precision(json.loads(architecture.read_text(encoding="utf-8")), precision)
         model = keras.models.model_from_json(json.dumps(config))
-        if not isinstance(model, keras.Model):
-            raise TypeError(type(model).__name__)
+        shapes = model.input_shape, model.output_shape
     except Exception as error:  # Keras raises whatever its parsing stumbles over
         raise ModelError(f"{architecture}: not a Keras model ({first_line(error)}); restore it") from None
-    picture = (None, None, None, 3)
-    takes, gives = model.input_shape == picture, model.output_shape == picture
-    fits = {"encoder": takes, "decoder": gives, "autoencoder": takes and gives}
-    if part and not fits[part]:
+    takes, gives = (shape == (None, None, None, 3) for shape in shapes)
+    if part and not {"encoder": takes, "decoder": gives, "autoencoder": takes and gives}[part]:
         raise ModelError(f"{architecture}: no {part} of pictures of any size; restore it or train again")
+    _load_weights(model, weights, f"not the weights of {architecture}", "restore it")
+    return model
+
+
+def _load_weights(model, path, fault, remedy):
+    """Load a weights file into a model that it should fit."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of every layer of another model
-            model.load_weights(weights)
-    except Exception as error:
+            model.load_weights(path)
+    except Exception as error:  # Keras and HDF5 raise whatever they stumble over
         if _is_out_of_memory(error):
             raise
-        raise ModelError(
-            f"{weights}: not the weights of {architecture} ({first_line(error)}); restore it"
-        ) from None
-    return model
+        raise ModelError(f"{path}: {fault} ({first_line(error)}); {remedy}") from None
 
 
 def _in_precision(config, precision):
@@ -717,10 +645,8 @@ def start_from(model, out, run, part=None):
     try:
         model.set_weights(saved.get_weights())
     except ValueError:
-        path = Path(out) / "models" / f"{_model_name(run, part)}.json"
-        raise ModelError(
-            f"{path}: of another architecture than is to be trained; choose another --start"
-        ) from None
+        fault = "of another architecture than is to be trained"
+        raise ModelError(f"{run}: {fault}; choose another --start") from None
 
 
 def load_run(out, run):
@@ -734,51 +660,32 @@ def batch_size_for(images, count=BATCH, side=BATCH_SIDE):
 
 
 def pad_to_stride(images):
-    """Images (N, H, W, C), mirrored at the bottom and the right up to multiples of STRIDE.
-
-    To repeat the last row and column instead would make streaks of their noise.
-    """
+    """Images (N, H, W, C), mirrored at the bottom and the right up to multiples of STRIDE."""
     height, width = images.shape[1:3]
     return np.pad(images, ((0, 0), (0, -height % STRIDE), (0, -width % STRIDE), (0, 0)), mode="symmetric")
 
 
 def denoise(model, noisy):
-    """Denoise a batch of images of any size.
+    """Denoise a batch of images of any size by a saved `autoencoder`, as the protocol measures it.
 
-    Args:
-        model: Saved `autoencoder`.
-        noisy: float32 array (N, H, W, 3), nominally in [0, 1].
-
-    Returns:
-        uint8 array (N, H, W, 3): the output clipped and rounded, as the protocol measures it.
+    Takes a float32 array (N, H, W, 3), nominally in [0, 1]; returns uint8 (N, H, W, 3), clipped and rounded.
     """
     height, width = noisy.shape[1:3]
     padded = pad_to_stride(noisy)
-    denoised = model.predict(padded, batch_size=batch_size_for(padded), verbose=0)[:, :height, :width]
-    return to_uint8(denoised)
+    denoised = model.predict(padded, batch_size=batch_size_for(padded), verbose=0)
+    return to_uint8(denoised[:, :height, :width])
 
 
-def tiles(height, width, tile, reach):
-    """Cut a picture into tiles, each computed from a window with its surroundings.
+def tiles(length, tile, reach):
+    """Cut a side of a picture, in pixels, into tiles, each computed from a window that reaches beyond it.
 
-    Windows are all of one size, since every further shape of input costs TensorFlow time and memory.
-
-    Args:
-        height, width: Of the picture, in pixels.
-        tile: Longest side of a tile that has surroundings on both sides; at the edges of the picture a tile
-            may be `reach` longer.
-        reach: Pixels that a window extends beyond its tile, a multiple of STRIDE.
+    Windows are all of one size, since every further shape of input costs TensorFlow time and memory; they
+    reach a multiple of STRIDE beyond. At the ends of the side a tile may be `reach` longer.
 
     Yields:
-        Pairs of slices, of rows and columns: the window in the picture, its tile in the window, and the tile
-        in the picture. The last windows may end up to STRIDE - 1 pixels beyond the picture.
+        Slices: the window in the picture, its tile in the window, and the tile in the picture. The last
+        window may end up to STRIDE - 1 pixels beyond the picture.
     """
-    for rows, columns in itertools.product(_spans(height, tile, reach), _spans(width, tile, reach)):
-        yield tuple(zip(rows, columns, strict=True))
-
-
-def _spans(length, tile, reach):
-    """What `tiles` are along one side of the picture."""
     count = max(1, math.ceil((length - 2 * reach) / tile))
     size = math.ceil((length + 2 * reach * (count - 1)) / count / STRIDE) * STRIDE
     last = math.ceil((length - size) / STRIDE) * STRIDE
@@ -788,19 +695,12 @@ def _spans(length, tile, reach):
         yield slice(start, start + size), slice(first - start, end - start), slice(first, end)
 
 
-def self_ensemble(model, images, positions=8):
-    """Mean of what a model makes of images in several positions, each turned back.
+def self_ensemble(model, images, positions):
+    """Mean of what a saved `autoencoder` makes of images in several positions, each turned back.
 
-    Timofte, Rothe, Van Gool, "Seven Ways to Improve Example-Based Single Image Super Resolution", CVPR 2016.
-
-    Args:
-        model: Saved `autoencoder`.
-        images: float32 array (N, H, W, 3), H and W multiples of STRIDE.
-        positions: 1, as they are; 2, and mirrored left to right; 4, and both mirrored top to bottom; 8, and
-            all of these transposed.
-
-    Returns:
-        float32 array (N, H, W, 3), nominally in [0, 1].
+    Images are float32 (N, H, W, 3), H and W multiples of STRIDE. Positions are 1, as they are; 2, and
+    mirrored left to right; 4, and both mirrored top to bottom; 8, and all of these transposed. (Timofte,
+    Rothe, Van Gool, "Seven Ways to Improve Example-Based Single Image Super Resolution", CVPR 2016.)
     """
     total = np.zeros_like(images)
     for transposed, mirrored in list(itertools.product((False, True), ((), 2, 1, (1, 2))))[:positions]:
@@ -810,26 +710,11 @@ def self_ensemble(model, images, positions=8):
     return total / positions
 
 
-def check_picture(picture):
-    """Raise a ValueError if an array cannot be denoised as a picture."""
-    types = ("uint8", "uint16", "float16", "float32", "float64")
-    has_shape = picture.ndim == 3 and picture.shape[2] in (1, 3) and picture.size > 0
-    if not has_shape or picture.dtype.name not in types:
-        found = f"an array of shape {picture.shape}, {picture.dtype}"
-    elif picture.dtype.kind == "f" and not np.abs(picture).max() < LARGEST_PIXEL:  # NaN compares as False
-        found = f"values from {picture.min():g} to {picture.max():g}"
-    else:
-        return
-    expected = "(H, W, 3) or (H, W, 1), uint8, uint16 or finite floats, nominally 0 to 1"
-    raise ValueError(f"picture: expected is {expected}, not {found}")
-
-
 def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=8, ensemble=1):
-    """Denoise a picture of any size as it is, without adding noise.
+    """Denoise a picture of any size as it is, without adding noise, in tiles, so that memory is bounded.
 
-    The picture is cut into tiles, so that memory is bounded. A tile is computed with as much of its
-    surroundings as the model's receptive field reaches: the result is that of the whole picture but for
-    rounding.
+    A tile is computed with as much of its surroundings as the model's receptive field reaches: the result is
+    that of the whole picture but for rounding. What is no such picture is a ValueError.
 
     Args:
         autoencoder: Saved model.
@@ -843,19 +728,24 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         Array like `picture`; and the error to expect at each pixel, float16 (H, W) in grey levels of 0-255:
         the root of the mean square of what draws differ from the result. None without `posterior`. With
         several positions it is some percent too large, since the draws are of one.
-
-    Raises:
-        ValueError: `picture` is no such array.
     """
-    check_picture(picture)
-    is_integer, channels = picture.dtype.kind == "u", picture.shape[2]
-    peak = np.float32(np.iinfo(picture.dtype).max if is_integer else 1)
+    shape, kind = picture.shape, picture.dtype.name
+    is_integer, channels = picture.dtype.kind == "u", shape[-1]
+    is_picture = len(shape) == 3 and channels in (1, 3) and picture.size > 0
+    if not is_picture or kind not in ("uint8", "uint16", "float16", "float32", "float64"):
+        expected = "(H, W, 3) or (H, W, 1), uint8, uint16 or floats"
+        raise ValueError(f"picture: expected is {expected}, not {shape}, {kind}")
+    if not is_integer and not np.abs(picture).max() < LARGEST_PIXEL:  # NaN compares as False
+        found = f"{picture.min():g} to {picture.max():g}"
+        raise ValueError(f"picture: expected are floats, nominally 0 to 1, not {found}")
+    peak = np.float32(np.iinfo(kind).max if is_integer else 1)
     result = np.empty_like(picture)
-    errors = np.empty(picture.shape[:2], np.float16) if posterior else None
+    errors = np.empty(shape[:2], np.float16) if posterior else None
     tile, reach = (DRAWS_TILE, DRAWS_REACH) if posterior else (TILE, REACH)
-    cut = list(tiles(*picture.shape[:2], tile, reach))
+    cut = list(itertools.product(*(list(tiles(side, tile, reach)) for side in shape[:2])))
     advance = progress(len(cut), "tiles")
-    for window, inside, target in cut:
+    for rows, columns in cut:
+        window, inside, target = zip(rows, columns, strict=True)
         noisy = pad_to_stride(picture[window][None] / peak).astype(np.float32).repeat(3 // channels, axis=3)
         before = picture[target] / peak
         denoised = _visible(self_ensemble(autoencoder, noisy, ensemble), inside, channels)
@@ -864,8 +754,7 @@ def denoise_picture(autoencoder, picture, strength=1.0, posterior=None, samples=
         if posterior:
             encoder, decoder = posterior
             codes = code_pairs(encoder.predict_on_batch(noisy))
-            seed = DRAWS_SEED, *(span.start for span in window)
-            drawn = draws(decoder, codes, samples, seed)
+            drawn = draws(decoder, codes, samples, (DRAWS_SEED, *(span.start for span in window)))
             squares = sum(np.square(_visible(draw, inside, channels) - after) for draw in drawn)
             errors[target] = 255 * np.sqrt(squares.mean(axis=2) / samples)
         advance()
@@ -887,7 +776,7 @@ def code_pairs(outputs):
 
 def level_means(outputs):
     """Means of the levels' z among an encoder's outputs; as many detail codes come after them."""
-    means = [mean for mean, _ in code_pairs(outputs)]
+    means = outputs[::2]
     return means[: max(1, len(means) // 2)]
 
 
@@ -897,16 +786,9 @@ def decode(decoder, z):
 
 
 def draws(decoder, codes, samples, seed):
-    """Decode draws of the posterior q(z|x), one after another.
+    """Decode draws of the posterior q(z|x), float32 (N, H, W, 3), one after another.
 
-    Args:
-        decoder: Saved model.
-        codes: (mean, log-variance) of each code, NumPy arrays (N, h, w, c).
-        samples: Number of draws.
-        seed: Of `numpy.random.default_rng`.
-
-    Yields:
-        float32 array (N, H, W, 3), nominally in [0, 1].
+    Codes are (mean, log-variance) of each, arrays (N, h, w, c); the seed is of `numpy.random.default_rng`.
     """
     rng = np.random.default_rng(seed)
     for _ in range(samples):
@@ -927,13 +809,9 @@ def to_float(images):
 
 
 def psnr(clean, denoised):
-    """Peak signal-to-noise ratio of each image, over all its pixels and channels.
+    """Peak signal-to-noise ratio of each image in dB, peak 255, over all its pixels and channels.
 
-    Args:
-        clean, denoised: uint8 arrays of shape (N, H, W, C).
-
-    Returns:
-        float64 array (N,), dB, peak 255; infinite where the images are equal.
+    Takes uint8 arrays (N, H, W, C); returns float64 (N,), infinite where the images are equal.
     """
     error = np.square(clean.astype(np.float32) - denoised.astype(np.float32))
     with np.errstate(divide="ignore"):
@@ -948,11 +826,7 @@ def psnr_captions(clean, denoised):
 def ssim(clean, denoised):
     """Structural similarity of each image (Wang et al. 2004): Gaussian window 11, sigma 1.5, data range 255.
 
-    Args:
-        clean, denoised: uint8 arrays of shape (N, H, W, C), H and W at least 11.
-
-    Returns:
-        float32 array (N,), mean over windows and channels.
+    Takes uint8 arrays (N, H, W, C), H and W at least 11; returns float32 (N,), means over channels.
     """
     pairs = (clean.astype(np.float32), denoised.astype(np.float32))
     return keras.ops.convert_to_numpy(keras.ops.image.ssim(*pairs, max_val=255.0))
@@ -1007,12 +881,15 @@ class Checkpoint(keras.callbacks.Callback):
 
     def load(self, path):
         """Load one of the two weights files into the model."""
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of every layer of another model
-                self.model.load_weights(path)
-        except Exception as error:
-            message = f"{path}: does not fit this model ({first_line(error)}); {self.remedy}"
-            raise ModelError(message) from None
+        _load_weights(self.model, path, "does not fit this model", self.remedy)
+
+    def save(self, path):
+        """Write the model's weights, in full precision, and the history."""
+        memory = _WeightsInMemory(self.model)
+        with h5py.File(memory, "a") as file:
+            file["history"] = json.dumps(self.rows)
+        with atomic(path) as temporary:
+            temporary.write_bytes(memory.getbuffer())
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.monotonic()
@@ -1023,15 +900,13 @@ class Checkpoint(keras.callbacks.Callback):
             raise FloatingPointError(f"{self.monitor} is {value} after epoch {len(self.rows) + 1}")
 
     def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch + 1} | {key: float(value) for key, value in (logs or {}).items()}
+        row = {"epoch": epoch + 1} | {key: float(value) for key, value in logs.items()}
         row["seconds"] = round(time.monotonic() - self._started, 1)
         row["hardware"] = environment()["hardware"]  # a run may be resumed on another machine
-        if best_row([*self.rows, row], self.monitor) is row:
-            with atomic(self.best_path) as path:
-                write_weights(path, self.model)
         self.rows.append(row)
-        with atomic(self.path) as path:
-            write_weights(path, self.model, self.rows)
+        if best_row(self.rows, self.monitor) is row:
+            self.save(self.best_path)
+        self.save(self.path)
         write_csv(self.folder / "epochs.csv", self.rows)
 
 
@@ -1049,16 +924,10 @@ def is_first():
     return processes()[0] == 0
 
 
-def is_alone():
-    """Whether no other process trains together with this one."""
-    return processes()[1] == 1
-
-
 def join_processes():
     """Join the processes that train together, if Keras' environment variables say that there are several.
 
-    All run the same program, each on its part of every batch; the first one alone writes and prints. Nothing
-    may have been computed before.
+    Each computes its part of every batch; the first one alone writes and prints. Comes before any computing.
     """
     if "KERAS_DISTRIBUTION_NUM_PROCESSES" not in os.environ:
         return
@@ -1076,10 +945,10 @@ def join_processes():
 
 def _disconnect():
     """Wait until all processes are here; from then on none is aborted because another ends."""
-    if not is_alone():
+    if processes()[1] > 1:
         import jax
 
-        broadcast_json(None)
+        gathered(None)
         jax.distributed.shutdown()
 
 
@@ -1089,39 +958,29 @@ def _together():
     try:
         yield
     except RuntimeError as error:
-        if is_alone():
+        if processes()[1] == 1:
             raise
         remedy = "start all of them again with --resume"
         raise ModelError(f"another process has ended ({first_line(error)}); {remedy}") from None
 
 
-def broadcast(arrays):
-    """Arrays, as the first of several processes has them; their shapes are alike in all."""
-    if is_alone():
-        return arrays
+def gathered(value):
+    """What each of the processes has, the first one's first."""
+    if processes()[1] == 1:
+        return [value]
     from jax.experimental import multihost_utils
 
+    pickled = pickle.dumps(value)
     with _together():
-        return multihost_utils.broadcast_one_to_all(arrays)
+        longest = int(multihost_utils.process_allgather(np.int32(len(pickled))).max())
+        padded = np.frombuffer(pickled.ljust(longest), np.uint8)  # all pass arrays of one shape
+        return [pickle.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
-def broadcast_json(value):
-    """Anything that JSON holds, as the first of several processes has it."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(broadcast(np.int32(len(text))))
-    return json.loads(bytes(broadcast(np.resize(text, length))))  # all pass arrays of one shape
-
-
-def check_same_settings(values):
+def check_same_settings(settings):
     """Refuse, in all processes, a dict of settings that differ: JAX would hang, or train replicas apart."""
-    if is_alone():
-        return
-    from jax.experimental import multihost_utils
-
-    checksums = [zlib.crc32(json.dumps(value, default=str).encode()) for value in values.values()]
-    with _together():
-        gathered = multihost_utils.process_allgather(np.array(checksums, np.uint32))
-    differing = [name for name, column in zip(values, gathered.T, strict=True) if len(set(column)) > 1]
+    first, *others = gathered(settings)
+    differing = [name for name in first if any(other.get(name) != first[name] for other in others)]
     if differing:
         _disconnect()
         raise ModelError(f"the processes differ in {', '.join(differing)}; start all by the same command")
@@ -1145,41 +1004,38 @@ class _Share(keras.utils.PyDataset):
 def _on_all_devices(model, batches, validation):
     """Let `model.fit` use all devices that JAX sees, those of processes that have joined among them.
 
-    Each device holds all variables and computes a part of every batch (`keras.distribution.DataParallel`),
-    which gives the weights that one device would give. The first process's weights and optimizer count. A
-    single process leaves out devices that cannot share a batch evenly; several refuse.
-
-    Yields:
-        Arguments of `model.fit`: batches and validation as this process has to feed them.
+    Each holds all variables and computes a part of every batch (`keras.distribution.DataParallel`), which
+    gives the weights that one would give. Yields arguments of `fit`: batches and validation of this process.
     """
-    (rank, count), size = processes(), batches.batch_size
-    devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
-    images = keras.tree.flatten(validation)[0]
-    used = max(n for n in range(1, len(devices) + 1) if size % n == 0 and n <= len(images))
+    (rank, processes_count), size = processes(), batches.batch_size
+    devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else []
+    at_once = batch_size_for(keras.tree.flatten(validation)[0])
     shapes = [(variable.path, variable.shape) for variable in model.variables]
     check_same_settings({"data or batch size": (len(batches), size), "weights": shapes})
-    if count > 1 and used < len(devices):
+    if len(devices) < 2:
+        yield {"x": batches, "validation_data": validation, "validation_batch_size": at_once}
+        return
+    count = len(devices)
+    if size % count:
         _disconnect()
-        raise ModelError(f"--batch-size {size}: not a multiple of the {len(devices)} devices; choose another")
-    if len(devices) > 1:
-        print(f"Training on {used} of {len(devices)} devices, {size // used} images of a batch on each.")
+        raise ModelError(f"--batch-size {size}: not a multiple of the {count} devices; choose another")
+    print(f"Training on {count} devices, {size // count} images of a batch on each.")
 
     def share(array):
-        return np.split(array[: len(array) // used * used], count)[rank]
+        return np.split(array[: len(array) // count * count], processes_count)[rank]
 
-    fed = {"x": batches, "validation_data": validation, "validation_batch_size": batch_size_for(images)}
-    if used == 1:
-        yield fed
-        return
-    fed["x"], fed["validation_data"] = _Share(batches, share), keras.tree.map_structure(share, validation)
-    fed["validation_batch_size"] = max(1, batch_size_for(images) // used) * used // count
-    parallel = keras.distribution.DataParallel(devices=devices[:used], auto_shard_dataset=False)
+    parallel = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
-    for variable, value in zip(variables, broadcast([np.asarray(v.value) for v in variables]), strict=True):
+    values = gathered([np.asarray(variable.value) for variable in variables])[0]
+    for variable, value in zip(variables, values, strict=True):
         layout = parallel.get_variable_layout(variable)
         variable.assign(keras.distribution.distribute_tensor(value, layout))
     with parallel.scope():
-        yield fed
+        yield {
+            "x": _Share(batches, share),
+            "validation_data": keras.tree.map_structure(share, validation),
+            "validation_batch_size": max(1, at_once // count) * count // processes_count,
+        }
     for variable in variables:
         variable.assign(np.asarray(variable.value))
     model.make_test_function(force=True)  # which was compiled for all devices
@@ -1201,6 +1057,7 @@ class _StopBetweenBatches(keras.callbacks.Callback):
     def __exit__(self, *exception):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
+        self.stop()  # whatever it came to, as when the other processes have stopped first
 
     def note(self, signum, frame):
         if self.noted:
@@ -1251,7 +1108,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
         for later in folder.glob("*/checkpoint.weights.h5"):
             if later.stat().st_mtime > checkpoint.path.stat().st_mtime:  # it began with this stage's weights
                 raise ModelError(f"{later}: {later.parent.name} has begun; resume with the epochs of before")
-    checkpoint.rows = broadcast_json(checkpoint.rows)
+    checkpoint.rows = gathered(checkpoint.rows)[0]
     callbacks = [*callbacks, checkpoint]  # which comes last, when all else of the epoch is on disk
     if all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard")):
         callbacks.insert(0, keras.callbacks.TensorBoard(folder / "tensorboard" / stage, write_graph=False))
@@ -1260,7 +1117,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     if stage and len(checkpoint.rows) < epochs:
         print(f"Stage {stage}:", flush=True)
     try:
-        with _StopBetweenBatches() as stop, _on_all_devices(model, batches, validation) as fed:
+        with _StopBetweenBatches() as stop, _together(), _on_all_devices(model, batches, validation) as fed:
             model.fit(
                 **fed,
                 epochs=epochs,
@@ -1272,14 +1129,9 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     except FloatingPointError as error:
         remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
         raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
-    except RuntimeError:
-        if stop.noted:  # the other processes have stopped first
-            raise KeyboardInterrupt from None
-        with _together():
-            raise
     if is_first():
         checkpoint.load(checkpoint.best_path)
-    model.set_weights(broadcast(model.get_weights()))
+    model.set_weights(gathered(model.get_weights())[0])
     return checkpoint.rows
 
 
@@ -1291,35 +1143,28 @@ def rows_figure(rows, title="", cell=1.35, figure=None, unit=None):
             false colours on one scale, from 0. Captions are N strings, or None.
         title: Title of the figure.
         cell: Width of an image in inches.
-        figure: Part of a figure to draw into; by default a new figure.
+        figure: Part of a figure to draw into; by default a new one, which is returned.
         unit: Of the maps; with it, a bar beside them shows their scale.
-
-    Returns:
-        `matplotlib.figure.Figure`.
     """
     columns = max(len(images) for _, images, _ in rows)
-    captioned = sum(captions is not None for _, _, captions in rows)
-    height = sum(cell * images.shape[1] / images.shape[2] for _, images, _ in rows)
-    height += 0.2 * captioned + (0.3 if title else 0)
+    height = 0.3 if title else 0
+    for _, images, captions in rows:
+        height += cell * images.shape[1] / images.shape[2] + (0.2 if captions else 0)
     figure = figure or Figure(figsize=(cell * columns + 0.3, height), layout="constrained")
     maps = [images.ravel() for _, images, _ in rows if images.ndim == 3]
     highest = np.quantile(np.concatenate(maps), 0.995) if maps else 1  # a few outliers would darken the rest
+    scale = {"cmap": "magma", "vmin": 0, "vmax": highest}  # which pictures in colours do without
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (label, images, captions) in zip(grid, rows, strict=True):
-        for column, axis in enumerate(line):
+    for axes, (label, images, captions) in zip(grid, rows, strict=True):
+        for axis in axes[len(images) :]:
+            axis.set_axis_off()
+        for axis, image, caption in zip(axes, images, captions or [""] * len(images), strict=False):
+            drawn = axis.imshow(image, **scale)
             axis.set(xticks=[], yticks=[])
-            if column >= len(images):
-                axis.set_axis_off()
-                continue
-            scale = {} if images.ndim == 4 else {"cmap": "magma", "vmin": 0, "vmax": highest}
-            # nearest would drop pixels of a picture that is larger than its cell
-            method = "nearest" if images.shape[2] < 100 * cell else "antialiased"
-            drawn = axis.imshow(images[column], interpolation=method, **scale)
-            if captions is not None:
-                axis.set_xlabel(captions[column], fontsize=8)
-        line[0].set_ylabel(label, fontsize=9)
+            axis.set_xlabel(caption, fontsize=8)
+        axes[0].set_ylabel(label, fontsize=9)
         if unit and images.ndim == 3:
-            figure.colorbar(drawn, ax=list(line), label=unit)
+            figure.colorbar(drawn, ax=list(axes), label=unit)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -1327,70 +1172,44 @@ def rows_figure(rows, title="", cell=1.35, figure=None, unit=None):
 def curves_figure(panels, title="", ticks=None, figure=None):
     """Draw curves in panels, a label in one colour throughout, with the legend below them.
 
-    Every second label is dashed and lies above the others, so that neighbours which coincide both show.
-
-    Args:
-        panels: List of (x label, y label, {curve label: (x values, y values)}).
-        title: Title of the figure.
-        ticks: x values to mark; by default those of a panel's curves if they are few, else round ones.
-        figure: Part of a figure to draw into, one panel below another; by default a new figure.
-
-    Returns:
-        `matplotlib.figure.Figure`.
+    Panels are a list of (x label, y label, {curve label: (x values, y values)}). They are drawn one below
+    another into a given part of a figure, or side by side into a new one, which is returned.
     """
     labels = list(dict.fromkeys(label for _, _, curves in panels for label in curves))
     columns = 2 if figure else min(len(labels), 3 * len(panels))
-    size = 4.6 * len(panels), 3.4 + 0.2 * math.ceil(len(labels) / columns)
     grid = (len(panels), 1) if figure else (1, len(panels))
+    size = 4.6 * len(panels), 3.4 + 0.2 * math.ceil(len(labels) / columns)
     figure = figure or Figure(figsize=size, layout="constrained")
     lines = {}
     axes = figure.subplots(*grid, squeeze=False).flat
     for axis, (xlabel, ylabel, curves) in zip(axes, panels, strict=True):
         for label, (x, y) in curves.items():
-            index, marker = labels.index(label), "o" if len(x) < 40 else ""
-            style = {"linestyle": "--", "zorder": 3} if index % 2 else {}
-            (lines[label],) = axis.plot(x, y, color=f"C{index}", marker=marker, markersize=3, **style)
+            index = labels.index(label)
+            style = "--" if index % 2 else "-"  # so that neighbours which coincide both show
+            (lines[label],) = axis.plot(x, y, style, color=f"C{index}", marker=".", zorder=2 + index % 2)
         axis.set(xlabel=xlabel, ylabel=ylabel)
-        values = sorted({value for x, _ in curves.values() for value in x})
-        few = ticks or len(values) <= 8
-        whole = all(float(value).is_integer() for value in values)
-        round_values = MaxNLocator(steps=(1, 2, 5, 10), integer=whole)
-        axis.xaxis.set_major_locator(FixedLocator(ticks or values) if few else round_values)
+        if ticks:
+            axis.set_xticks(ticks)
         axis.grid(alpha=0.3)
-    handles = [lines[label] for label in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def history_figure(rows, labels, title=""):
-    """Draw metrics and their validation twins against the epoch; dotted lines part the stages.
+    """Draw metrics and their validation twins against the epoch, in a panel each; None without any.
 
-    Args:
-        rows: A dict for each epoch, as `Checkpoint` keeps them.
-        labels: What to write at the axis, by metric, a panel each; one that has no two epochs is left out.
-        title: Title of the figure.
-
-    Returns:
-        `matplotlib.figure.Figure`, or None if there is nothing to draw.
+    Rows are a dict for each epoch, as `Checkpoint` keeps them; `labels` says what to write at the axis, by
+    metric. A metric that has no two epochs is left out.
     """
     panels = []
     for name, label in labels.items():
-        measured = [row for row in rows if row.get(name) is not None]
+        measured = [row for row in rows if name in row]
         epochs, twins = [row["epoch"] for row in measured], {"training": name, "validation": f"val_{name}"}
+        curves = {kind: (epochs, [row[key] for row in measured]) for kind, key in twins.items()}
         if len(epochs) > 1:
-            curves = {kind: (epochs, [row[key] for row in measured]) for kind, key in twins.items()}
             panels.append(("epoch", label, curves))
-    if not panels:
-        return None
-    figure = curves_figure(panels, title)
-    for before, after in itertools.pairwise(rows):
-        for axis in figure.axes:
-            start = (before["epoch"] + after["epoch"]) / 2
-            low, high = axis.get_xlim()
-            if before.get("stage") != after.get("stage") and low < start < high:
-                axis.vlines(start, 0, 1, "0.5", "dotted", transform=axis.get_xaxis_transform())
-    return figure
+    return curves_figure(panels, title) if panels else None
 
 
 def save_figure(figure, path):
@@ -1407,10 +1226,7 @@ def save_figures(out, name, figures):
 
 
 def save_gif(figures, path):
-    """Write matplotlib figures of one size as frames of an endless GIF; the last one stays longer.
-
-    The writer merges equal frames in a row to one that stays as long as they would.
-    """
+    """Write matplotlib figures of one size as frames of an endless GIF; the last one stays longer."""
     frames = []
     for figure in figures:
         canvas = FigureCanvasAgg(figure)
@@ -1422,14 +1238,9 @@ def save_gif(figures, path):
 
 
 def encode(encoder, images):
-    """Feature maps (z_mean of the last level) of a batch of images.
+    """Feature maps (z_mean of the last level), float32 (N, h, w, c), of a batch of images.
 
-    Args:
-        encoder: Saved `encoder`.
-        images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1]; H and W are cut to whole cells.
-
-    Returns:
-        float32 array (N, h, w, c).
+    Images (N, H, W, 3) are uint8, or float32 nominally in [0, 1]; H and W are cut to whole cells.
     """
     height, width = (side // STRIDE * STRIDE for side in images.shape[1:3])
     return level_means(encoder.predict_on_batch(to_float(images[:, :height, :width])))[-1]
@@ -1438,12 +1249,8 @@ def encode(encoder, images):
 def write_feature_maps(path, encode, images, labels, attributes):
     """Write an HDF5 file of `features` (N, h, w, c) float16, in chunks, and `labels` (N,).
 
-    Args:
-        path: Of the file.
-        encode: Function from some of the images to their feature maps (n, h, w, c).
-        images: Array (N, H, W, 3).
-        labels: N labels.
-        attributes: Dict of what the maps were made from: run, dataset, split, sigma, pooling.
+    `encode` makes feature maps (n, h, w, c) of some of the images (N, H, W, 3); `attributes` say what they
+    were made from: run, dataset, split, sigma, pooling.
     """
     count = batch_size_for(images)
     memory = io.BytesIO()  # HDF5 crashes the process when it cannot write to a disk
@@ -1469,21 +1276,6 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def read_csv(path):
-    """Read what `write_csv` has written: a list of dicts, without empty cells; empty if there is no file."""
-
-    def parse(text):
-        try:
-            return float(text) if "." in text or "e" in text else int(text)
-        except ValueError:
-            return text
-
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [{key: parse(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
-
-
 def format_table(rows):
     """Format a list of dicts with the same keys as a Markdown table; small floats get more digits."""
 
@@ -1493,7 +1285,7 @@ def format_table(rows):
         return "" if value is None else str(value)
 
     cells = [list(rows[0])] + [[text(value) for value in row.values()] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
         padded = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import csv
 import functools
 import http.server
 import io
@@ -218,6 +219,18 @@ def without_greeting(err):
 def table_rows(printed):
     """The lines of the tables against sigma that a script printed."""
     return [line for line in printed.splitlines() if re.match(r"\| +(15|25|35|50|75) \|", line)]
+
+
+def rows_of(path):
+    """The rows of a CSV file, without empty cells, their numbers as numbers."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            return float(text) if "." in text or "e" in text else int(text)
+        return text
+
+    with open(path, newline="") as file:
+        return [{key: parse(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
 
 
 def files_of(out):

@@ -8,6 +8,7 @@ reader may raise is DataError, ModelError or another OSError; anything else, mor
 computing for a file, or any attempt of a file to start something ends in a traceback that names the case.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -168,7 +169,7 @@ def record_seeds(out):
 
     def read_arguments(path):
         (out / "logs/damaged.training/arguments.json").write_bytes(path.read_bytes())
-        util.resumed_arguments(out, "damaged")
+        util.resumed_arguments(argparse.Namespace(out=out, name="damaged"))
 
     texts = [json.dumps(content), "{" * 10**5, "null"]
     return [(text.encode(), read) for text in texts for read in (read_record, read_arguments)]

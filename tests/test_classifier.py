@@ -16,6 +16,7 @@ from conftest import (
     legend_of,
     printed_by,
     random_images,
+    rows_of,
     run_of,
     stop_at,
     table_rows,
@@ -164,7 +165,7 @@ def test_run_prints_and_writes_its_results(classified):
     assert f"clean: {shown[0, 'clean']:.2f} (" in classified.printed
     assert f" {shown[50, NAME]:.2f} (" in lines[3]
     assert shown[0, "clean"] > 60
-    rows = util.read_csv(classified.out / f"logs/{CLASSIFIER}.csv")
+    rows = rows_of(classified.out / f"logs/{CLASSIFIER}.csv")
     assert [(row["round"], row["epoch"]) for row in rows] == [(1, 1), (1, 2), (2, 3), (2, 4)]
     assert [row["round"] for row in record["best"]] == [1, 2]
     best = [min(row["val_loss"] for row in part) for part in (rows[:2], rows[2:])]
@@ -189,7 +190,7 @@ def test_figures_show_what_was_measured(classified):
     for kind, curve in zip(("noisy", NAME), curves[1:], strict=True):
         assert curve == ([15, 25, 35, 50, 75], [shown[sigma, kind] for sigma in (15, 25, 35, 50, 75)])
     assert legend_of(classified.figures[f"{CLASSIFIER}_sigma.png"]) == ["clean", "noisy", NAME]
-    rows = util.read_csv(classified.out / f"logs/{CLASSIFIER}.csv")
+    rows = rows_of(classified.out / f"logs/{CLASSIFIER}.csv")
     for _, name, (_, validation) in curves_of(classified.figures[f"{CLASSIFIER}_history.png"]):
         assert validation == ([1, 2, 3, 4], [row[f"val_{name}"] for row in rows])
 

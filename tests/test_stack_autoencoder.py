@@ -21,6 +21,7 @@ from conftest import (
     legend_of,
     printed_by,
     random_images,
+    rows_of,
     run,
     run_of,
     save_run,
@@ -166,7 +167,7 @@ def test_run_tells_what_each_stage_brought(stacked):
     assert list(stages) == ["simple", "greedy", "joint"]
     for stage in stages.values():
         assert f"{stage:.2f} dB" in stacked.printed
-    rows = util.read_csv(stacked.out / f"logs/{STACKED}.csv")
+    rows = rows_of(stacked.out / f"logs/{STACKED}.csv")
     expected = [("greedy", 1), ("joint", 2), ("joint", 3), ("detail", 4)]
     assert [(row["stage"], row["epoch"]) for row in rows] == expected
     kept = max(reversed(stages), key=stages.get)

@@ -1,6 +1,7 @@
 import argparse
 import builtins
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -52,7 +53,7 @@ images = arrays(np.uint8, array_shapes(min_dims=3, max_dims=3, max_side=12).map(
 
 def small_model(seed=0, convolutions=1):
     """Autoencoder of cells of 4x4 pixels, each of which depends on its neighbours alone."""
-    keras.utils.set_random_seed(seed)
+    rng = np.random.default_rng(seed)
     image = x = keras.Input((None, None, 3))
     for _ in range(2):
         x = keras.layers.Conv2D(4, 2, strides=2, activation="relu")(x)
@@ -60,7 +61,9 @@ def small_model(seed=0, convolutions=1):
         x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(x)
     for _ in range(2):
         x = keras.layers.Conv2DTranspose(3, 2, strides=2)(x)
-    return keras.Model(image, x)
+    model = keras.Model(image, x)
+    model.set_weights([rng.normal(0.05, 0.3, weight.shape) for weight in model.get_weights()])
+    return model
 
 
 MODEL = small_model()
@@ -152,11 +155,11 @@ def test_large_images_are_computed_in_the_memory_of_small_ones():
 
 def test_windows_are_of_one_size_and_reach_beyond_their_tiles():
     for length in range(1, 300):
-        cut = list(util.tiles(length, 5, 32, 8))
-        assert len({window[0].stop - window[0].start for window, _, _ in cut}) == 1
+        cut = list(util.tiles(length, 32, 8))
+        assert len({window.stop - window.start for window, _, _ in cut}) == 1
         assert len(cut) == max(1, -(-(length - 16) // 32))
         pixels = []
-        for (window, _), (inside, _), (target, _) in cut:
+        for window, inside, target in cut:
             assert window.start % 4 == window.stop % 4 == 0
             assert window.start == 0 or window.start + 8 <= target.start
             assert length <= window.stop < length + 4 or target.stop <= window.stop - 8
@@ -192,18 +195,18 @@ def test_picture_of_any_size_is_denoised_as_a_whole(shape, dtype, channels, stre
 @pytest.mark.parametrize(
     ("picture", "found"),
     [
-        (np.zeros((8, 8), np.uint8), r"an array of shape \(8, 8\), uint8"),
-        (np.zeros((8, 8, 4), np.uint8), "an array of"),
-        (np.zeros((1, 8, 8, 3), np.float32), "an array of"),
-        (np.zeros((0, 8, 3), np.float32), "an array of"),
-        (np.zeros((8, 8, 3), int), "an array of"),
-        (np.full((8, 8, 3), np.nan), "values from nan to nan"),
-        (np.full((8, 8, 3), np.inf), "values from inf to inf"),
-        (np.linspace(0, 255, 192).reshape(8, 8, 3), "values from 0 to 255"),
+        (np.zeros((8, 8), np.uint8), r"\(8, 8\), uint8"),
+        (np.zeros((8, 8, 4), np.uint8), r"\("),
+        (np.zeros((1, 8, 8, 3), np.float32), r"\("),
+        (np.zeros((0, 8, 3), np.float32), r"\("),
+        (np.zeros((8, 8, 3), int), r"\("),
+        (np.full((8, 8, 3), np.nan), "nan to nan"),
+        (np.full((8, 8, 3), np.inf), "inf to inf"),
+        (np.linspace(0, 255, 192).reshape(8, 8, 3), "0 to 255"),
     ],
 )
 def test_what_is_no_picture_is_refused(picture, found):
-    with pytest.raises(ValueError, match=f"uint8, uint16 or finite floats, nominally 0 to 1, not {found}"):
+    with pytest.raises(ValueError, match=f"picture: expected .*, not {found}"):
         util.denoise_picture(MODEL, picture)
 
 
@@ -414,7 +417,7 @@ def test_run_starts_from_the_weights_of_one_of_its_architecture(saved):
     util.start_from(model, saved, "small", "encoder")
     for ours, theirs in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    with pytest.raises(ModelError, match="decoder_small.json: of another architecture than is to be trained"):
+    with pytest.raises(ModelError, match="small: of another architecture than is to be trained"):
         util.start_from(model, saved, "small", "decoder")
 
 
@@ -452,12 +455,6 @@ def test_record_tells_what_the_run_started_from(tmp_path):
     assert (before["arguments"]["epochs"], before["training_seconds"]) == (3, 181)
     assert before["started_from"]["arguments"]["epochs"] == 2
     assert before["started_from"]["started_from"] is None
-
-
-def test_size_of_a_run_is_that_of_its_own_data_set():
-    record = {"data": {"name": "photos"}, "arguments": {"size": 24}}
-    assert [util.size_of_run(record, name) for name in ("photos", "stl10")] == [24, None]
-    assert util.size_of_run({}, "photos") is None
 
 
 def test_kills_lose_nothing():
@@ -602,10 +599,12 @@ def test_run_goes_on_without_a_lock_where_the_file_system_has_none(tmp_path, mon
     def no_lock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(util.fcntl, "flock", no_lock)
+    monkeypatch.setattr(fcntl, "flock", no_lock)
     with util.locked(tmp_path, "run"):
         printed = capsys.readouterr().out
-    assert printed.startswith(f"{tmp_path}/logs/.run.lock: cannot be locked (Function not implemented); ")
+    assert printed.startswith(
+        f"{tmp_path}/logs/.run.lock: cannot be locked ([Errno 38] Function not implemented); "
+    )
 
 
 FAULT = """
@@ -629,8 +628,8 @@ def test_fault_ends_a_script_in_one_line_and_is_an_exception_in_a_notebook(monke
 @pytest.mark.parametrize(
     ("capabilities", "cpu", "expected"),
     [
-        ([(8, 0)], "", "mixed_bfloat16"),
-        ([(10, 0), (7, 5)], "avx512_bf16", "float32"),  # one is a T4
+        ([8], "", "mixed_bfloat16"),
+        ([10, 7], "avx512_bf16", "float32"),  # one is a T4
         ([], "flags: avx512_bf16", "mixed_bfloat16"),
         ([], "flags: avx2", "float32"),
     ],
@@ -658,7 +657,7 @@ def test_gpus_are_those_that_the_backend_sees(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", Namespace(cuda=cuda))
     for backend in ("jax", "tensorflow", "torch"):
         monkeypatch.setattr(keras.backend, "backend", lambda name=backend: name)
-        assert util.gpus() == [("a GPU", (9, 0))]
+        assert util.gpus() == [("a GPU", 9)]
 
 
 def test_muon_takes_a_kernel_as_keras_takes_its_matrix():
@@ -671,13 +670,6 @@ def test_muon_takes_a_kernel_as_keras_takes_its_matrix():
         after.append(keras.ops.convert_to_numpy(variable).reshape(before.shape))
     np.testing.assert_allclose(*after, atol=1e-5)
     assert np.abs(after[0] - before).max() > 0.01
-
-
-def test_muon_leaves_all_but_3x3_kernels_to_adamw():
-    optimizer = util.ConvolutionMuon(0.1)
-    shapes = ((3, 3, 4, 8), (2, 2, 3, 8), (1, 1, 8, 8), (3, 3), (8, 2), (8,))
-    left = [optimizer._should_use_adamw(keras.Variable(np.zeros(shape))) for shape in shapes]
-    assert left == [False, True, True, True, True, True]
 
 
 def test_best_epoch_is_that_of_the_smallest_loss_or_crps_or_of_the_largest_other_metric():
@@ -739,7 +731,7 @@ def test_checkpoint_faults_are_told(tmp_path, recwarn):
         file["history"] = json.dumps([])
     with pytest.raises(ModelError, match="does not fit this model"):
         checkpoint.restore()
-    util.write_weights(checkpoint.path, checkpoint.model, [])
+    checkpoint.save(checkpoint.path)
     checkpoint.set_model(small_model(convolutions=3))
     checkpoint.model.compile("adam", "mse")
     checkpoint.model.optimizer.build(checkpoint.model.trainable_variables)
@@ -848,7 +840,7 @@ def test_history_shows_each_metric_and_its_validation():
     assert figure.get_suptitle() == "a title"
 
 
-def test_curves_have_ticks_at_their_values_and_a_legend_beside_them():
+def test_curves_have_asked_ticks_and_a_legend_beside_them():
     few, many = (15, 25, 50), tuple(range(100))
     panels = [
         ("sigma", "PSNR", {"noisy": (few, few), "a model": (few, few)}),
@@ -856,9 +848,6 @@ def test_curves_have_ticks_at_their_values_and_a_legend_beside_them():
     ]
     figure = util.curves_figure(panels)
     figure.draw_without_rendering()
-    first, second = figure.axes
-    assert first.get_xticks().tolist() == list(few)
-    assert 3 < len(second.get_xticks()) < 12
     assert legend_of(figure) == ["noisy", "a model", "b"]
     assert len({line.get_color() for axis in figure.axes for line in axis.lines}) == 3
     for axis in figure.axes:
