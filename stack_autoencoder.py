@@ -49,9 +49,6 @@ def load_level_one(out, name, precision):
 
     Returns:
         Encoder and decoder of z, then those of the detail code.
-
-    Raises:
-        util.ModelError: they are missing, damaged or not those of a simple model.
     """
     saved = {part: util.load_model(out, name, part, precision) for part in ("encoder", "decoder")}
     try:
@@ -179,10 +176,10 @@ def add_stack_options(parser):
 def train(args, data, base):
     """Train z of level two greedily, then of both levels jointly, then the detail codes.
 
-    Tells the validation PSNR after each stage.
+    Prints the validation PSNR after each stage.
 
     Returns:
-        Encoder, decoder and autoencoder, metrics of all epochs, and what the run record tells of the stages.
+        Encoder, decoder and autoencoder, metrics of all epochs, and what the run record says of the stages.
     """
     z_encoder, z_decoder, detail_encoder, detail_decoder = load_level_one(args.out, base, args.precision)
     encoder = stack_encoder(z_encoder, args.filters, ENCODER_BLOCKS, args.latent_dim)

@@ -130,9 +130,11 @@ def printed_by(script, *arguments, output=None):
     return output.getvalue()
 
 
-@contextlib.contextmanager
-def kept_figures():
-    """Collect the figures that scripts write by the names of their files; of a GIF, its list of figures."""
+def run_of(script, out, *arguments):
+    """Call a script as `printed_by` does; its output folder, what it printed, and its figures by file name.
+
+    Of a GIF, its list of figures is kept.
+    """
     kept, save_figure, save_gif = {}, util.save_figure, util.save_gif
 
     def keep_figure(figure, path):
@@ -146,14 +148,8 @@ def kept_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(util, "save_figure", keep_figure)
         patch.setattr(util, "save_gif", keep_gif)
-        yield kept
-
-
-def run_of(script, out, *arguments):
-    """Call a script as `printed_by` does; its output folder, what it printed, and its figures."""
-    with kept_figures() as figures:
         printed = printed_by(script, *arguments, "--out", out)
-    return Run(out, printed, figures)
+    return Run(out, printed, kept)
 
 
 def labels_of(figure):
