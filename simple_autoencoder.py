@@ -89,6 +89,7 @@ SIGMA_RANGE = (0, 75)  # of the training noise, on the 0-255 scale
 GREY_LEVEL = 1 / 255
 
 # what is measured and shown
+MEASURES = {"PSNR": util.psnr, "SSIM": util.ssim}  # of uint8 images, clean and denoised, one for each image
 TEST_IMAGES = 1000
 SHOWN = 8  # images in a figure
 SHOWN_SIGMA, RECONSTRUCTED_SIGMAS = 50, (25, 50)
@@ -519,7 +520,7 @@ def evaluate(denoisers, clean, sigmas=SIGMAS, kind="white"):
             noisy, images = add_noise(images, sigma, rng, kind), clean_of(images, kind)
             outputs = {"noisy": util.to_uint8(noisy)}
             outputs |= {label: denoise(noisy, sigma) for label, denoise in denoisers.items()}
-            for name, measure in (("PSNR", util.psnr), ("SSIM", util.ssim)):
+            for name, measure in MEASURES.items():
                 for label, output in outputs.items():
                     measured[f"{label} {name}"].extend(measure(images, output))
             advance()
@@ -654,9 +655,9 @@ def picture_figure(model, clean):
 def sweep_figure(models, clean):
     """PSNR and SSIM against sigma of the noisy images and of each model's output."""
     table, labels, panels = evaluate(blind(models), clean, SWEEP), ("noisy", *models), []
-    for measure, title in (("PSNR", "PSNR in dB"), ("SSIM", "SSIM")):
-        curves = {label: (SWEEP, [row[f"{label} {measure}"] for row in table]) for label in labels}
-        panels.append(("sigma", title, curves))
+    for name in MEASURES:
+        curves = {label: (SWEEP, [row[f"{label} {name}"] for row in table]) for label in labels}
+        panels.append(("sigma", "PSNR in dB" if name == "PSNR" else name, curves))
     return util.curves_figure(panels, f"Mean over {len(clean)} test images", ticks=SIGMAS)
 
 
@@ -824,8 +825,7 @@ def evaluate_saved(args):
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
         dataset = args.dataset or record.get("data", {}).get("name", "cifar10")
         trained_size = util.size_of_run(record, dataset_name(dataset))
-        data = load_data(dataset, args.data_dir, args.size or trained_size)
-        data = data.in_cells(util.STRIDE)
+        data = load_data(dataset, args.data_dir, args.size or trained_size).in_cells(util.STRIDE)
         results, by_sigma = measure_and_print(models, *parts, data, args.images, *ALL_DRAWS)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
@@ -868,9 +868,9 @@ def picture_row(clean, noisy, models, samples=0, ensemble=1):
     denoised, errors = util.denoise_picture(autoencoder, noisy, 1, posterior, samples, ensemble)
     noisy, denoised = (util.to_uint8(util.to_float(picture)) for picture in (noisy, denoised))
     row = {}
-    for measure in (util.psnr, util.ssim):
+    for name, measure in MEASURES.items():
         for label, picture in (("noisy ", noisy), ("", denoised)):
-            row[f"{label}{measure.__name__.upper()}"] = float(measure(clean[None], picture[None])[0])
+            row[f"{label}{name}"] = float(measure(clean[None], picture[None])[0])
     if samples:
         true = np.abs(clean - denoised.astype(np.float32))
         row["expected PSNR"] = psnr_of(root_mean_square(errors))
@@ -1063,12 +1063,6 @@ def add_denoise_options(parser):
     add("--force", action="store_true", help="replace pictures that are there already")
 
 
-def default_name(args, kind):
-    """Name of the run that a verb works on, where none is given."""
-    own_pictures = getattr(args, "pictures", None)
-    return PHOTOGRAPHS_RUN if own_pictures else f"{kind}_{dataset_name(args.dataset or 'cifar10')}"
-
-
 def check_train(args, parser):
     """End in a usage error if options of `train` do not go together."""
     if args.sigma[0] > args.sigma[1]:
@@ -1096,6 +1090,11 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
 
     `add_own_options` adds to the options of its `train`, or changes their defaults.
     """
+
+    def default_name(args):
+        own_pictures = getattr(args, "pictures", None)
+        return PHOTOGRAPHS_RUN if own_pictures else f"{kind}_{dataset_name(args.dataset or 'cifar10')}"
+
     argv, parser, add_verb = util.verb_parser(argv, description)
     train_parser = add_verb("train", help="train a model and save it")
     add_train_options(train_parser)
@@ -1103,7 +1102,7 @@ def parse_args(argv=None, kind="simple", description=__doc__, add_own_options=la
     evaluate_parser = add_verb("evaluate", help="measure a saved model")
     add_evaluate_options(evaluate_parser)
     add_denoise_options(add_verb("denoise", help="denoise your own pictures"))
-    args = util.parse_resumable(parser, train_parser, argv, lambda args: default_name(args, kind))
+    args = util.parse_resumable(parser, train_parser, argv, default_name)
     if args.verb == "train":
         check_train(args, train_parser)
     elif args.verb == "evaluate":
