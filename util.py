@@ -109,7 +109,7 @@ def add_saved_run_options(parser, default="from the data set"):
     """Add the options for the saved run that a verb works on."""
     parser.add_argument("--name", type=run_name, help=f"saved run (default: {default})")
     words = "where models/, weights/ and logs/ are"
-    parser.add_argument("--out", type=given_path, default=HERE, help=words)
+    parser.add_argument("--out", type=saved_folder, default=HERE, help=words)
 
 
 def parse_resumable(parser, train_parser, argv, default_name):
@@ -203,6 +203,14 @@ def given_path(text):
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
+
+
+def saved_folder(text):
+    """Path of a folder on the command line, which must be there: a mistyped one is not to be made."""
+    path = given_path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder; saved runs are there, pictures go --to")
+    return path
 
 
 def progress(total, label):
@@ -1197,10 +1205,10 @@ def curves_figure(panels, title="", ticks=None, figure=None):
 
 
 def history_figure(rows, labels, title=""):
-    """Draw metrics and their validation twins against the epoch, in a panel each; None without any.
+    """Draw metrics and their validation twins against the epoch, in a panel each; dotted lines part stages.
 
     Rows are a dict for each epoch, as `Checkpoint` keeps them; `labels` says what to write at the axis, by
-    metric. A metric that has no two epochs is left out.
+    metric. A metric that has no two epochs is left out; without any the figure is None.
     """
     panels = []
     for name, label in labels.items():
@@ -1209,7 +1217,16 @@ def history_figure(rows, labels, title=""):
         curves = {kind: (epochs, [row[key] for row in measured]) for kind, key in twins.items()}
         if len(epochs) > 1:
             panels.append(("epoch", label, curves))
-    return curves_figure(panels, title) if panels else None
+    if not panels:
+        return None
+    figure = curves_figure(panels, title)
+    for axis in figure.axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        first, last = axis.get_xlim()
+        for before, after in itertools.pairwise(rows):
+            if before.get("stage") != after.get("stage") and first < before["epoch"] + 0.5 < last:
+                axis.axvline(before["epoch"] + 0.5, color="0.5", linestyle="dotted")
+    return figure
 
 
 def save_figure(figure, path):

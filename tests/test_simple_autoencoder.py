@@ -809,6 +809,7 @@ WRONG_USAGE = [
     ("--size 3", "--size"),
     ("--out=", "--out"),
     ("denose a.png", "invalid choice: 'denose'"),
+    ("denoise a.png --out mistyped", "no such folder; saved runs are there, pictures go --to"),
     ("evaluate --noisy x", "--noisy: of --pictures only"),
     ("evaluate --noise camera", "--noise: of --pictures only"),
     ("evaluate --self-ensemble", "--self-ensemble: of --pictures only"),

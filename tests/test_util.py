@@ -828,12 +828,14 @@ def test_gif_has_a_frame_for_each_figure_that_stays_as_long_as_its_equals(tmp_pa
 def test_history_shows_each_metric_and_its_validation():
     rows = [{"epoch": n, "loss": 1 / n, "val_loss": 2 / n, "kl": n, "val_kl": -n} for n in (1, 2, 3)]
     rows[0] |= {"lr": 1, "val_lr": 1}  # of one epoch, which is no curve
+    rows[2]["stage"] = "later"
+    border = [2.5, 2.5], [0, 1]
     labels = {"loss": "loss", "kl": "KL in nats", "lr": "rate"}
     figure = util.history_figure(rows, labels, "a title")
     epochs = [1, 2, 3]
     assert curves_of(figure) == [
-        ("epoch", "loss", [(epochs, [1, 1 / 2, 1 / 3]), (epochs, [2, 1, 2 / 3])]),
-        ("epoch", "KL in nats", [(epochs, [1, 2, 3]), (epochs, [-1, -2, -3])]),
+        ("epoch", "loss", [(epochs, [1, 1 / 2, 1 / 3]), (epochs, [2, 1, 2 / 3]), border]),
+        ("epoch", "KL in nats", [(epochs, [1, 2, 3]), (epochs, [-1, -2, -3]), border]),
     ]
     assert util.history_figure(rows[:1], labels) is None
     assert legend_of(figure) == ["training", "validation"]
