@@ -445,8 +445,9 @@ def test_expected_psnr_is_shown_against_the_true_one(trained):
     np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
 
 
-def test_feature_maps_are_shown_each_in_its_own_range(trained, shown):
-    (maps,) = util.encode(util.load_model(trained.out, NAME, "encoder"), shown[:1])
+def test_feature_maps_are_shown_each_in_its_own_range(trained, photographs):
+    image = photographs.in_cells(util.STRIDE).shown("test", 1)
+    (maps,) = util.encode(util.load_model(trained.out, NAME, "encoder"), image)
     figure = trained.figures[f"{NAME}.png"]
     assert labels_of(figure)[0] == ("level 1\nfrom 0", "")
     low, high = maps.min(axis=(0, 1)), maps.max(axis=(0, 1))
@@ -741,9 +742,10 @@ def test_gifs_do_without_what_a_kill_has_left_and_keep_equal_frames(tmp_path):
 
 def test_resumed_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
     (tmp_path / "logs/simple_mine.training").mkdir(parents=True)
-    (tmp_path / "logs/simple_mine.training/arguments.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    args = simple.parse_args(["--dataset=mine", "--resume", f"--out={tmp_path}"])
+    stored = json.dumps(vars(simple.parse_args(["--dataset=mine"])), default=str)
+    (tmp_path / "logs/simple_mine.training/arguments.json").write_text(stored)
+    args = simple.parse_args(["--name=simple_mine", "--resume", f"--out={tmp_path}"])
     assert args.dataset == str(tmp_path / "mine")
 
 
@@ -920,7 +922,7 @@ def test_picture_that_fails_for_any_reason_does_not_stop_the_others(saved, tmp_p
     failed = capsys.readouterr().err.splitlines()
     assert failed[0].startswith(f"{tmp_path}/a.png: Unable to allocate")
     assert failed[1] == f"[Errno 2] no such file, or none of the regular kind: '{tmp_path}/b.png'"
-    assert failed[2].startswith(f"{tmp_path}/out/c.jpg: JPEG cannot hold it (")
+    assert failed[2].startswith(f"{tmp_path}/out/c.jpg: JPEG was not written (")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["d.png"]
 
 
