@@ -253,7 +253,7 @@ class DenoisingVAE(keras.Model):
     """
 
     monitor, metric_names = "val_psnr", ("psnr", "kl")
-    hint = "Training draws the codes, validation takes their means: val_psnr is above psnr."
+    hint = "Held-out images may be smoother than those of the training: then val_psnr is above psnr."
 
     def __init__(self, encoder, decoder, kl_weight=KL_WEIGHT, seed=0):
         super().__init__(dtype="float32")  # images stay exact; the layers compute in their own precision
