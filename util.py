@@ -303,10 +303,10 @@ def _is_out_of_memory(error):
 def error_line(error):
     """What an `OSError` says, in one line."""
     line = " ".join(str(error).split())
-    is_disk_full = (
-        error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "requested and" in line
-    )  # NumPy
-    return f"{line}; free some space and run again" if is_disk_full else line
+    # NumPy gives no number, but says how many items were "requested and" how many written
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "requested and" in line:
+        line += "; free some space and run again"
+    return line
 
 
 def first_line(error):
