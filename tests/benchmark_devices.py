@@ -5,9 +5,8 @@
 
 Prints seconds a step and images a second of `util.fit` with 16 images on each device, for one process, for
 two that know nothing of each other, and for two that train together by gloo; each process has a core of its
-own. What two that train together take longer than two that do not is communication, waiting for the other
-included. It measures the machine that it runs on, which should be idle: two cores share their memory and need
-no network.
+own. What two that train together take longer than two that do not is communication, waiting included. The
+machine should be idle.
 """
 
 import argparse
@@ -21,15 +20,13 @@ import time
 from pathlib import Path
 
 os.environ |= {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import benchmark_common as common
 import simple_autoencoder as simple
 import util
 from load_data import Batches
 
 import keras
 import numpy as np
-from benchmark_common import untrained
 
 IMAGES = simple.BATCH_SIZE  # on each device
 STEPS = 10
@@ -56,7 +53,7 @@ def step(side, kind, core):
     util.join_processes()
     images = IMAGES * util.processes()[1]
     clean = np.random.default_rng(0).integers(0, 256, (STEPS * images, side, side, 3), np.uint8)
-    vae = simple.DenoisingVAE(*untrained(kind))
+    vae = simple.DenoisingVAE(*common.untrained(kind))
     vae.compile(optimizer=simple.build_optimizer(simple.LEARNING_RATE, 10**6))
     few = util.to_float(clean[: util.processes()[1]])
     vae(few[:1])
@@ -94,12 +91,11 @@ def main():
     setups = {"1 process": (1, False), "2 processes apart": (2, False), "2 processes": (2, True)}
     results = {label: measured(side, kind, *setup) for label, setup in setups.items()}
     gradient = results["1 process"]["gradient"] / 1e6
-    print(f"{util.environment()['hardware']}; {kind} model, {side}x{side}, gradient of {gradient:.1f} MB")
     rows = []
     for label, (count, _) in setups.items():
         seconds = results[label]["step"]
         rows.append({"": label, "s/step": seconds, "images/s": count * IMAGES / seconds})
-    print(util.format_table(rows))
+    common.print_table(f"{kind} model, {side}x{side}, gradient of {gradient:.1f} MB", rows)
     share = 1 - results["2 processes apart"]["step"] / results["2 processes"]["step"]
     print(f"communication: {share:.1%} of the step of 2 processes")
 

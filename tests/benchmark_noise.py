@@ -10,18 +10,15 @@ last model makes of each kind.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import benchmark_common as common
+import simple_autoencoder as simple
 import util
-from load_data import NOISE_KINDS, SPLIT_SEED, TEST_NOISE_SEED, absolute_path, add_noise, clean_of
+from load_data import NOISE_KINDS, SPLIT_SEED, absolute_path, add_noise, clean_of
 
-import benchmark_denoisers as denoisers
 import cv2
 import numpy as np
-from benchmark_common import write_figures
+from benchmark_denoisers import block_matching, non_local_means
 from matplotlib.figure import Figure
 
 SIGMAS = (10, 25)
@@ -47,29 +44,30 @@ CLASSICAL = {
     "Gaussian blur": (gaussian_blur, (0.4, 0.6, 0.8, 1.0, 1.4, 2.0)),
     "median": (median, (3, 5)),
     "bilateral": (bilateral, (5, 10, 15, 25, 40)),
-    "non-local means": (denoisers.non_local_means, (5, 10, 15, 25, 40)),
-    "BM3D": (denoisers.block_matching, (5, 10, 15, 25, 40)),
+    "non-local means": (non_local_means, (5, 10, 15, 25, 40)),
+    "BM3D": (block_matching, (5, 10, 15, 25, 40)),
 }
 
 
-def mean_psnr(clean, denoised):
-    """Mean PSNR in dB of images of one size."""
-    return float(util.psnr(clean, util.to_uint8(np.stack(denoised))).mean())
+def measure(clean, kind, denoisers, methods):
+    """Rows of the table, one for each strength: PSNR of the noisy images and of what each denoiser makes.
 
-
-def measure(clean, kind, sigma, models, classical, ensembles=False):
-    """Row of the table: PSNR of the noisy images (N, SIDE, SIDE, 3) and of what each method makes of them."""
-    noisy = add_noise(clean, sigma, np.random.default_rng(TEST_NOISE_SEED), kind)
-    clean = clean_of(clean, kind)
-    row = {"noise": kind, "strength": sigma, "noisy": mean_psnr(clean, noisy)}
-    for label, (denoise, parameters) in classical.items():
-        row[label] = max(mean_psnr(clean, [denoise(image, value) for image in noisy]) for value in parameters)
-    row |= {name: mean_psnr(clean, util.denoise(model, noisy) / 255) for name, model in models.items()}
-    if ensembles:
-        for name, model in models.items():
-            denoise = denoisers.ensemble_of(model)
-            row[f"{name}, self-ensemble"] = mean_psnr(clean, [denoise(image, sigma) for image in noisy])
-    return row
+    Of each of the classical methods it is that of the best parameter.
+    """
+    tried = {
+        f"{label} {value}": common.one_by_one(
+            lambda image, _, label=label, value=value: CLASSICAL[label][0](image, value)
+        )
+        for label in methods
+        for value in CLASSICAL[label][1]
+    }
+    rows = []
+    for found in simple.evaluate(tried | denoisers, clean, SIGMAS, kind):
+        row = {"noise": kind, "strength": found["sigma"], "noisy": found["noisy PSNR"]}
+        for label in methods:
+            row[label] = max(found[f"{label} {value} PSNR"] for value in CLASSICAL[label][1])
+        rows.append(row | {label: found[f"{label} PSNR"] for label in denoisers})
+    return rows
 
 
 def kinds_figure(rows, title):
@@ -101,34 +99,29 @@ def pictures_figure(clean, name, model, sigma=SIGMAS[-1]):
     return util.rows_figure([*rows, ("clean", truth, None)], f"Noise of strength {sigma}", cell=2.2)
 
 
-def parse_args(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", type=absolute_path, required=True, help="folder of photographs")
-    denoisers.add_options(parser, CLASSICAL, images=8)
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    models = denoisers.chosen_models(args)
-    pictures = denoisers.held_out_pictures(args.dataset)
+    common.add_options(parser, CLASSICAL, images=8)
+    args = parser.parse_args()
+    models = common.chosen_models(args)
+    pictures = common.held_out_pictures(args.dataset)
     chosen = np.random.default_rng(SPLIT_SEED).permutation(len(pictures))[: args.images]
     clean = []
     for picture in (pictures[index] for index in chosen):
         top, left = ((length - SIDE) // 2 for length in picture.shape[:2])
         clean.append(picture[top : top + SIDE, left : left + SIDE])
-    classical = {label: CLASSICAL[label] for label in CLASSICAL if label not in args.without}
+    clean = np.stack(clean)
+    methods = [label for label in CLASSICAL if label not in args.without]
+    denoisers = common.model_denoisers(models, args.self_ensemble)
     rows = []
-    advance = util.progress(len(NOISE_KINDS) * len(SIGMAS), "kinds and strengths of noise")
     for kind in NOISE_KINDS:
-        for sigma in SIGMAS:
-            rows.append(measure(np.stack(clean), kind, sigma, models, classical, args.self_ensemble))
-            advance()
+        print(f"{kind} noise", flush=True)
+        rows += measure(clean, kind, denoisers, methods)
     title = f"{len(clean)} held-out photographs, {SIDE}x{SIDE} of each"
-    print(f"{title}, PSNR in dB; {util.environment()['hardware']}")
-    print(util.format_table(rows))
-    shown = pictures_figure(np.stack(clean), *list(models.items())[-1])
-    write_figures(args.out, {"noise": kinds_figure(rows, title), "noise_pictures": shown})
+    common.print_table(f"{title}, PSNR in dB", rows)
+    shown = pictures_figure(clean, *list(models.items())[-1])
+    common.write_figures(noise=kinds_figure(rows, title), noise_pictures=shown)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,16 @@
 
     python tests/benchmark_posterior.py                   # simple_cifar10, 15 minutes of training
 
-The rival is told the same: the mean is that of the saved autoencoder, and a network of the same arithmetic as
-the detail code's tells the variance of each pixel and channel around it. It is trained by the likelihood of a
-Gaussian (Nix, Weigend, "Estimating the Mean and Variance of the Target Probability Distribution", 1994), on
-the same images and noise, as long. Its draws are independent from pixel to pixel, so that they average out in
-blocks, where errors do not. Prints calibration and CRPS of both, the 90 % interval's coverage in the tenths
-of the values by predicted deviation where it is least and most, and how much each code of the run holds.
+The rival has the mean of the saved autoencoder, and for the variance around it a network of the same
+arithmetic as the detail code's, trained as long by the likelihood of a Gaussian (Nix, Weigend, "Estimating
+the Mean and Variance of the Target Probability Distribution", 1994). Prints calibration and CRPS of both, the
+90 % interval's coverage in the tenths of the values by predicted deviation where it is least and most, and
+how much each code of the run holds.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import benchmark_common as common
 import simple_autoencoder as simple
 import util
 from load_data import add_data_options, add_noise, dataset_name, load_data
@@ -60,17 +56,11 @@ class PixelGaussian(simple.DenoisingVAE):
         return 0.5 * ops.mean(log_var + ops.square(y - mean) * ops.exp(-log_var))
 
 
-def pixel_draws(mean, log_var, samples, seed):
-    """Draws (samples, N, H, W, 3) of independent Gaussians, nominally in [0, 1]."""
-    noise = np.random.default_rng(seed).standard_normal((samples, *mean.shape), np.float32)
-    return mean + np.exp(log_var / 2) * noise
-
-
 def coverage_by_tenth(clean, draws):
     """Coverage of the 90 % interval in each tenth of the values, from the least predicted deviation up.
 
-    Deviation and interval are of different draws. Were they of the same, the first tenth would gather the
-    values whose interval is too narrow by chance: 0.84 of 64 exact draws.
+    Deviation and interval are of different draws: else the first tenth would gather the values whose interval
+    is too narrow by chance, 0.84 of 64 exact draws.
     """
     half = len(draws) // 2
     deviation = draws[:half].std(axis=0, ddof=1).ravel()
@@ -78,16 +68,14 @@ def coverage_by_tenth(clean, draws):
     return [simple.coverage(tenth, len(draws) - half, 0.9) for tenth in np.array_split(ranks, 10)]
 
 
-def measured_rows(draw, clean, sigma, samples):
+def measured_rows(draw, clean, sigma):
     """Rows of the table of calibration; `draw` is a function of noisy images and a seed."""
-    rng, parts, draws = np.random.default_rng(simple.TEST_NOISE_SEED), [], []
+    noisy, draws = add_noise(clean, sigma), []
     for start in range(0, len(clean), AT_ONCE):
-        images = clean[start : start + AT_ONCE]
-        draws.append(draw(add_noise(images, sigma, rng), samples, (util.DRAWS_SEED, start)))
-        parts.append(simple.compare_draws(util.to_float(images), draws[-1]))
-    blocks = keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+        draws.append(draw(noisy[start : start + AT_ONCE], (util.DRAWS_SEED, start)))
     truth, draws = util.to_float(clean), np.concatenate(draws, axis=1)
-    rows = simple.calibration_rows(blocks, samples, sigma)
+    blocks = simple.compare_draws(truth, draws)
+    rows = simple.calibration_rows(blocks, SAMPLES, sigma)
     for row, side in zip(rows, blocks, strict=True):
         tenths = coverage_by_tenth(simple.block_means(truth, side), simple.block_means(draws, side))
         row.update({"least of the tenths": min(tenths), "most of the tenths": max(tenths)})
@@ -111,16 +99,12 @@ def code_rows(encoder, clean):
     return rows
 
 
-def parse_args(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=util.HelpFormatter)
     add_data_options(parser)
     util.add_training_options(parser, simple.DETAIL_EPOCHS, simple.BATCH_SIZE)
-    parser.add_argument("--images", type=util.number(int, 1), default=simple.TEST_IMAGES, help="test images")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    parser.add_argument("--images", type=int, default=250, help="test images")
+    args = parser.parse_args()
     run = args.start or f"simple_{dataset_name(args.dataset)}"
     args.name, args.precision = args.name or f"variance_{run}", args.precision or util.fast_precision()
     args.sigma, args.noise, args.learning_rate = simple.SIGMA_RANGE, ["white"], simple.LEARNING_RATE
@@ -132,19 +116,19 @@ def main(argv=None):
         rival = PixelGaussian(*z_parts, build_variance(), seed=args.seed)
         simple.fit_stage(rival, data, args, "variance", args.epochs)
 
-        def by_run(noisy, samples, seed):
-            return simple.decoded_draws(encoder, decoder, noisy, samples, seed)[1]
+        def by_run(noisy, seed):
+            return simple.decoded_draws(encoder, decoder, noisy, SAMPLES, seed)[1]
 
-        def by_rival(noisy, samples, seed):
-            return pixel_draws(*rival.predict(noisy, verbose=0), samples, seed)
+        def by_rival(noisy, seed):
+            mean, log_var = rival.predict(noisy, verbose=0)
+            noise = np.random.default_rng(seed).standard_normal((SAMPLES, *mean.shape), np.float32)
+            return mean + np.exp(log_var / 2) * noise
 
         rows = []
         for sigma in SIGMAS:
             for label, draw in ((run, by_run), ("mean and variance", by_rival)):
-                found = measured_rows(draw, clean, sigma, SAMPLES)
-                rows += [{"draws": label} | row for row in found]
-        print(f"{data.name}, first {len(clean):,} test images; {util.environment()['hardware']}")
-        print(util.format_table(rows))
+                rows += [{"draws": label} | row for row in measured_rows(draw, clean, sigma)]
+        common.print_table(f"{data.name}, first {len(clean):,} test images", rows)
         print(util.format_table(code_rows(encoder, clean)))
 
 

@@ -10,15 +10,11 @@ two ratios differ by what the overlap of tiles costs, which is as wide as the re
 """
 
 import argparse
-import math
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import benchmark_common as common
 import util
 
 import keras
@@ -39,39 +35,6 @@ def ffdnet(precision, filters=96, convolutions=12):
         x = layers.Conv2D(filters, 3, padding="same", activation="relu", dtype=precision)(x)
     x = layers.Conv2D(12, 3, padding="same", dtype=precision)(x)
     return keras.Model(image, layers.Conv2DTranspose(3, 2, strides=2)(x))
-
-
-def multiply_accumulates(model, shape):
-    """Multiply-accumulates of a functional model's convolutions and dense layers for one image.
-
-    Additions of biases, activations and the like are left out.
-
-    Args:
-        model: Of one input; models nested in it are counted, too.
-        shape: Of the image, such as (32, 32, 3).
-    """
-    return _count(model, keras.Input(shape))
-
-
-def _count(model, inputs):
-    total = 0
-
-    def call(layer, *args, **kwargs):
-        nonlocal total
-        outputs = layer(*args, **kwargs)
-        if isinstance(layer, keras.Model):
-            total += _count(layer, args[0])
-        elif hasattr(layer, "kernel"):
-            # a kernel is applied at each output position, a transposed convolution's at each input position
-            grid = args[0] if isinstance(layer, layers.Conv2DTranspose) else outputs
-            total += math.prod(grid.shape[1:-1]) * math.prod(layer.kernel.shape)
-        return outputs
-
-    # only the walk over the graph is wanted, where every shape is known: the layers are not copied
-    keras.models.clone_model(
-        model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=call
-    )
-    return total
 
 
 def denoise_in_tiles(model, picture, reach):
@@ -107,14 +70,12 @@ def main():
     seconds = least_seconds(calls)
     rows = []
     for (label, precision), model in models.items():
-        millions = multiply_accumulates(model, (32, 32, 3)) / 1e6
-        rows.append({"model": label, "precision": precision, "million multiply-accumulates, 32x32": millions})
+        cost = common.multiply_accumulates(model)
+        rows.append({"model": label, "precision": precision, "million multiply-accumulates, 32x32": cost})
         for way, side in (("", SIDE), ("window, ", WINDOW)):
             own, peer = seconds[way, label, precision], seconds[way, PEER, precision]
             rows[-1] |= {f"{way}megapixels/s": side**2 / 1e6 / own, f"{way}ratio": peer / own}
-    sizes = f"A picture of {SIDE}x{SIDE}, a window of {WINDOW}x{WINDOW}"
-    print(f"{sizes}; {util.environment()['hardware']}")
-    print(util.format_table(rows))
+    common.print_table(f"A picture of {SIDE}x{SIDE}, a window of {WINDOW}x{WINDOW}", rows)
 
 
 if __name__ == "__main__":
