@@ -19,16 +19,7 @@ import hashlib
 from functools import partial
 
 import util
-from load_data import (
-    DataError,
-    add_data_options,
-    add_noise,
-    check_labelled,
-    dataset_name,
-    evenly,
-    fit_pca,
-    load_data,
-)
+from load_data import add_data_options, add_noise, check_labelled, dataset_name, evenly, fit_pca, load_data
 
 import h5py
 import numpy as np
@@ -66,11 +57,8 @@ def feature_maps(out, run, subset, images, labels, pooling=0, **described):
     """Feature maps of a saved encoder: read from their file, or made, where none was made from the same.
 
     Args:
-        out: Folder that holds `models/`, `weights/` and `feature_maps/`.
-        run: Name of the encoder's run.
         subset: Which images, for the name of the file, `feature_maps/RUN_SUBSET_COUNT_poolSIDE.h5`.
         images: Array (N, H, W, 3), uint8, or float32 nominally in [0, 1].
-        labels: N labels.
         pooling: Side of the grid that the maps are averaged to; 0 leaves them as they are.
         described: Further attributes for whoever reads the file: data set, split, sigma.
 
@@ -122,8 +110,7 @@ def compressed(images, pca):
 def spaces(args, data):
     """The spaces to compare, by label, each a function that turns images into points (N, d), float32.
 
-    It takes images (N, H, W, 3), labels, the name of this subset, which begins with its split, and the sigma
-    of its noise.
+    It takes images, labels, the name of this subset, which begins with its split, and the sigma of its noise.
     """
     pca = fit_pca(data.images["train"])
 
@@ -179,9 +166,7 @@ def fit_svm(points, labels, seed):
 def compare(args, data, queries, space_of):
     """Accuracy of k nearest neighbours and of a linear SVM for every space and kind of query.
 
-    Returns:
-        Rows of the table, and the nearest training images (indices, sorted by distance) by space and kind of
-        query.
+    Returns rows of the table, and the nearest training images, indices by space and kind of query.
     """
     labels, truth = data.labels["train"], data.labels["test"]
     rows, nearest = [], {}
@@ -210,11 +195,7 @@ def compare(args, data, queries, space_of):
 
 
 def cluster(args, data, space, transform):
-    """k-means on the denoisers' training images.
-
-    Returns:
-        Fitted `KMeans`, and the images nearest to each centroid, indices (clusters, SHOWN_OF_A_CLUSTER).
-    """
+    """k-means of the denoisers' training images, and which images are nearest to each centroid (k, n)."""
     split = data.denoiser_split
     points = transform(data.images[split], data.labels[split], split)
     different = len({hash(point.tobytes()) for point in points})
@@ -226,10 +207,9 @@ def cluster(args, data, space, transform):
 
 
 def cluster_all(draft, args, data, space_of):
-    """Cluster PCA-compressed pixels, for comparison, and each encoder's feature maps, which are kept.
+    """Cluster PCA-compressed pixels and each encoder's feature maps, of which the clusters are kept.
 
-    Returns:
-        Rows of the table, and the images nearest to each centroid by encoder.
+    Returns rows of the table, and the images nearest to each centroid by encoder.
     """
     labels = data.labels[data.denoiser_split]
     rows, gallery = [], {}
@@ -339,7 +319,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if "epochs" in util.read_record(args.out, args.name):
-        raise DataError(f"{args.name}: the name of a trained model; choose another --name")
+        raise util.ModelError(f"{args.name}: the name of a trained model; choose another --name")
     dataset = dataset_name(args.dataset)
     saved = util.denoiser_runs(args.out, dataset, "encoder")
     args.encoders = args.encoders or saved or [f"simple_{dataset}"]

@@ -84,13 +84,7 @@ def convolution(x, width, name, halve=False):
 
 
 def build_classifier(shape, classes, widths=WIDTHS):
-    """Classifier: images (N, H, W, 3) in [0, 1] to probabilities (N, classes).
-
-    Args:
-        shape: (H, W, 3).
-        classes: Number of classes.
-        widths: Channels of each pair of convolutions.
-    """
+    """Classifier of images (N, *shape) in [0, 1]; `widths` are the channels of each pair of convolutions."""
     inputs = keras.Input(shape, name="images")
     x = layers.Conv2D(24, 2, activation="gelu", trainable=False, name="whitening")(inputs)
     for level, width in enumerate(widths, start=1):
@@ -109,13 +103,7 @@ class LabelledBatches(Batches):
     Mirroring alternates: what one epoch mirrors, the next one does not, so that two epochs show each image
     both ways (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
 
-    Args:
-        images: uint8 array (N, H, W, 3).
-        labels: int64 array (N,).
-        classes: Number of classes.
-        batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
-        seed: Of order, mirroring and all that is drawn.
-        enlarged: Share of the images that are enlarged, 0 to 1.
+    `images` are uint8 (N, H, W, 3), `labels` int64 (N,); a share of `enlarged` is enlarged.
     """
 
     def __init__(self, images, labels, classes, batch_size, seed=0, enlarged=0.5):
@@ -133,18 +121,10 @@ class LabelledBatches(Batches):
 
 
 def shift_zoom_or_cut_out(images, rng, share):
-    """Shift images by up to a sixteenth of their side; enlarge some, cut a square out of the others.
+    """Shift images (N, side, side, 3), uint8, by up to a sixteenth of their side; the rest mirrors them.
 
-    They are enlarged by up to a third; the square has a quarter of their side and becomes grey (DeVries,
-    Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017).
-
-    Args:
-        images: uint8 array (N, side, side, 3).
-        rng: `numpy.random.Generator`.
-        share: Of the images that are enlarged, 0 to 1.
-
-    Returns:
-        Array like `images`; what a shift uncovers mirrors the image.
+    A share of them is enlarged, by up to a third. In the others a square of a quarter of their side becomes
+    grey (DeVries, Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017).
     """
     side, margin = images.shape[1], images.shape[1] // 16
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
@@ -194,12 +174,7 @@ def average_weights(model, weights, batches):
     """Give a model the mean of several weights, and batch normalization the statistics that go with it.
 
     From Izmailov, Podoprikhin, Garipov, Vetrov, Wilson, "Averaging Weights Leads to Wider Optima and Better
-    Generalization", 2018.
-
-    Args:
-        model: `keras.Model`.
-        weights: List of what its `get_weights` has returned.
-        batches: `load_data.Batches` that the statistics are measured on.
+    Generalization", 2018. Weights are lists as of `get_weights`; `batches` feed the statistics.
     """
     model.set_weights([np.mean(versions, axis=0) for versions in zip(*weights, strict=True)])
     for index in range(MEASURED_BATCHES):
@@ -226,10 +201,6 @@ def train_round(model, batches, validation, args, number, epochs_before):
 
 def train(args, data):
     """Train a classifier on the clean training split, in rounds, and average their weights.
-
-    Args:
-        args: Arguments of the run.
-        data: `load_data.Data`.
 
     Returns:
         Trained classifier, float32 and uncompiled, the metrics, a dict for each epoch, and accuracy and loss
@@ -335,11 +306,7 @@ def sigma_figure(measured, title):
 
 
 def evaluate(draft, args, model, denoisers, data):
-    """Measure a classifier, print the tables, write the figures.
-
-    Returns:
-        What the run record says of it.
-    """
+    """Measure a classifier, print the tables, write the figures; what the run record says of it."""
     labels, count = data.labels["test"], len(data.labels["test"])
     predictions = predict_all(model, data.images["test"], denoisers)
     measured = {key: accuracy(labels, predicted) for key, predicted in predictions.items()}
@@ -354,8 +321,7 @@ def evaluate(draft, args, model, denoisers, data):
     for kind, (sigma, source) in shown.items():
         predicted = predictions[sigma, source]
         pairs = confused_pairs(labels, predicted, data.class_names)
-        title = kind if kind == "clean" else f"{kind}, sigma {sigma}"
-        title += f", by {source}" if kind == "denoised" else ""
+        title = f"{source}, sigma {sigma}" if sigma else source
         mistakes = ", ".join(f"{true} for {other} {share:.1f} %" for share, true, other in pairs)
         print(f"most confused, {title}: {mistakes or 'none'}")
         figures[f"{kind}_confusion"] = confusion_figure(labels, predicted, data.class_names, title)
@@ -368,18 +334,15 @@ def evaluate(draft, args, model, denoisers, data):
 
 
 def load_fitting(args, data):
-    """Load a saved classifier of such classes and such images."""
-    model = util.load_model(args.out, args.name)
-    record = util.read_record(args.out, args.name)
+    """Load a saved classifier of such classes and such images, and its record."""
+    model, record = util.load_model(args.out, args.name), util.read_record(args.out, args.name)
     path = args.out / "logs" / f"{args.name}.json"
-    if not record:
-        raise util.ModelError(f"{path}: not found; restore it or train {args.name} again")
     if record.get("class_names") != list(data.class_names):
-        raise util.ModelError(f"{path}: knows other classes than {data.name}; choose another --name")
+        raise util.ModelError(f"{path}: missing, or of other classes than {data.name}; choose another --name")
     expected, given = model.input_shape[1:], data.images["test"].shape[1:]
     if expected != given:
         raise util.ModelError(f"{path}: classifies {expected}, not {given}; choose another --size")
-    return model
+    return model, record
 
 
 def write_run(args, model, rows, validation, denoisers, data):
@@ -399,21 +362,13 @@ def write_run(args, model, rows, validation, denoisers, data):
     print(f"Written to {args.out}: model, weights, figures and logs of {args.name}")
 
 
-def replaced(rows, new):
-    """Rows of the record's evaluation with those that were measured again in their new form."""
-    return list({(row["sigma"], row["images"]): row for row in [*rows, *new]}.values())
-
-
 def evaluate_saved(args, data, denoisers):
     """Evaluate a saved classifier, write its figures and add the result to the run record."""
     with util.locked(args.out, args.name):
-        model = load_fitting(args, data)
-        record = util.read_record(args.out, args.name)
+        model, record = load_fitting(args, data)
         with util.publishing(args.out, args.name) as draft:
-            evaluations = record.get("evaluation", {})
-            for key, rows in evaluate(draft, args, model, denoisers, data).items():
-                evaluations[key] = replaced(evaluations.get(key, []), rows)
-            util.write_record(draft, args.name, record | {"evaluation": evaluations})
+            evaluation = record.get("evaluation", {}) | evaluate(draft, args, model, denoisers, data)
+            util.write_record(draft, args.name, record | {"evaluation": evaluation})
     print(f"Written to {args.out}: record and figures of {args.name}")
 
 

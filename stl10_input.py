@@ -59,7 +59,6 @@ CIFAR10_FILE_MD5 = {
 }
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-MAKE_ROOM = "free some space or choose another --data-dir, and run again"
 NETWORK_FAULTS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
@@ -165,13 +164,7 @@ def _show_progress(before, done, total):
 
 
 def extract(archive, files, folder):
-    """Extract the expected files of a tar archive, and nothing else.
-
-    Args:
-        archive: Path of a tar file, compressed or not.
-        files: Mapping of member name to MD5; other members are ignored.
-        folder: Where to put them, under their member names. Nothing appears there before all are verified.
-    """
+    """Extract the files of a tar archive that a dict of MD5 by name lists, once all are verified."""
     folder = Path(folder)
     temporary = folder / ".extracting"
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
@@ -180,10 +173,7 @@ def extract(archive, files, folder):
             for member in tar:
                 if member.name in files:
                     print(f"  extracting {member.name}", flush=True)
-                    path = temporary / member.name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with tar.extractfile(member) as packed, open(path, "wb") as file:
-                        shutil.copyfileobj(packed, file)
+                    tar.extract(member, temporary, filter="data")
         for name, md5 in files.items():
             path = temporary / name
             if not path.exists() or md5_of(path) != md5:
@@ -200,14 +190,8 @@ def extract(archive, files, folder):
 def download_and_extract(data_dir=DATA_DIR, url=DATA_URL, archive_md5=ARCHIVE_MD5, files=FILE_MD5):
     """Make sure that the files of a data set lie under `data_dir`; fetch their archive if they do not.
 
-    Args:
-        data_dir: Folder of all data.
-        url: Address of the archive. An archive of that name in `data_dir` is used instead.
-        archive_md5: MD5 of the archive.
-        files: Mapping of member name to MD5.
-
-    Returns:
-        List of the files' paths, in the order of `files`.
+    An archive of that name in `data_dir` is used instead. `files` is a dict of MD5 by name; their paths are
+    returned.
     """
     data_dir = Path(data_dir)
     paths = [data_dir / name for name in files]
@@ -217,7 +201,8 @@ def download_and_extract(data_dir=DATA_DIR, url=DATA_URL, archive_md5=ARCHIVE_MD
         except (DataError, BrokenPipeError):
             raise
         except OSError as error:
-            raise DataError(f"{data_dir}: {error.strerror}; {MAKE_ROOM}") from None
+            remedy = "free some space or choose another --data-dir, and run again"
+            raise DataError(f"{data_dir}: {error.strerror}; {remedy}") from None
     return paths
 
 
@@ -271,33 +256,19 @@ def plot_image(image, title=""):
 
 
 def save_images(images, labels, folder):
-    """Write images as PNG files, `folder`/CLASS/00000.png and so on, numbered as in `images`.
-
-    Args:
-        images: uint8 array (N, height, width, 3).
-        labels: N labels from 1 to 10, as `read_labels` gives them.
-        folder: Where to write; made if missing.
-    """
+    """Write images (N, H, W, 3), uint8, with labels from 1 to 10, as `folder`/CLASS/00000.png and so on."""
     from matplotlib.image import imsave
 
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = Path(folder) / CLASS_NAMES[label - 1] / f"{index:05d}.png"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            imsave(path, image)
-        except OSError as error:
-            raise DataError(f"{path}: not written ({error.strerror}); {MAKE_ROOM}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imsave(path, image)
 
 
 def read_cifar10_batch(path, md5):
-    """Read one batch of the python version of CIFAR-10.
+    """Read one batch of CIFAR-10: uint8 images (N, 32, 32, 3) and int64 labels (N,) from 0 to 9.
 
-    Args:
-        path: `data_batch_1` to `data_batch_5` or `test_batch`.
-        md5: Its MD5. It is checked first, since a pickle of another origin could run any code.
-
-    Returns:
-        uint8 images (N, 32, 32, 3) and int64 labels (N,) from 0 to 9.
+    Its MD5 is checked first, since a pickle of another origin could run any code.
     """
     raw = Path(path).read_bytes()
     if hashlib.md5(raw).hexdigest() != md5:
@@ -308,11 +279,10 @@ def read_cifar10_batch(path, md5):
 
 
 def load_cifar10(data_dir=DATA_DIR):
-    """Read CIFAR-10, downloading it if it is not there.
+    """Read CIFAR-10, downloading it if it is not there; the training images in the order of their batches.
 
     Returns:
-        (images, labels) of the 50,000 training images, in the order of their batches, and (images, labels)
-        of the 10,000 test images, as `read_cifar10_batch` gives them.
+        (images, labels) of the training split, and of the test split, as `read_cifar10_batch` gives them.
     """
     paths = download_and_extract(data_dir, CIFAR10_URL, CIFAR10_ARCHIVE_MD5, CIFAR10_FILE_MD5)
     *batches, test = map(read_cifar10_batch, paths, CIFAR10_FILE_MD5.values())

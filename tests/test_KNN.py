@@ -39,22 +39,17 @@ def test_k_is_the_one_that_classifies_best():
     assert KNN.choose_k(neighbours[:, :2], labels) == 1
 
 
-def test_purity_by_hand():
-    labels, clusters = np.array([0, 0, 1, 1, 2, 2]), np.array([5, 5, 5, 7, 7, 7])
+def test_purity_by_hand_and_without_labels():
+    labels, clusters = np.array([0, 0, 1, 1, 1, 2]), np.array([5, 5, 5, 7, 7, 7])
     assert KNN.purity(labels, clusters) == pytest.approx(4 / 6)
-
-
-def test_cluster_row_without_labels():
     row = KNN.cluster_row("PCA", np.full(4, -1), np.array([0, 1, 1, 1]))
     assert (row["smallest"], row["largest"], row["purity"]) == (1, 3, "no labels")
 
 
 def test_clusters_are_no_more_than_there_are_different_points(capsys):
     images = random_images(2, 4, 4, 3)[[0, 1, 1, 0, 1]]
-    data, args = (
-        Data("photos", {"train": images}, {"train": np.zeros(5)}, (), {}),
-        Namespace(clusters=3, seed=0),
-    )
+    data = Data("photos", {"train": images}, {"train": np.zeros(5)}, (), {})
+    args = Namespace(clusters=3, seed=0)
     kmeans, _ = KNN.cluster(args, data, "pixels", lambda images, *_: KNN.flat(images))
     a, b = kmeans.labels_[:2]
     assert kmeans.labels_.tolist() == [a, b, b, a, b]
@@ -100,16 +95,13 @@ def test_feature_maps_are_written_in_parts_and_used_again(averaging, monkeypatch
     np.testing.assert_array_equal(KNN.feature_maps(*arguments, sigma=25.0), maps)
 
 
-@pytest.mark.parametrize("other", ["count", "images", "weights", "bytes", "empty"])
+@pytest.mark.parametrize("other", ["images", "weights", "bytes", "empty"])
 def test_feature_maps_of_something_else_are_not_taken(averaging, other):
     arguments = averaging, "small", "test", random_images(6, 8, 8, 3), np.arange(6)
     path = averaging / "feature_maps/small_test_6_pool0.h5"
     expected = KNN.feature_maps(*arguments)
     whole = path.read_bytes()
-    if other == "count":
-        KNN.feature_maps(*arguments[:3], random_images(4, 8, 8, 3), np.arange(4))
-        assert path.read_bytes() == whole
-    elif other == "images":  # same name, same shape
+    if other == "images":  # same name, same shape
         KNN.feature_maps(*arguments[:3], random_images(6, 8, 8, 3, seed=1), np.arange(6))
     elif other == "weights":
         with h5py.File(path, "a") as file:
@@ -128,10 +120,9 @@ def test_full_disk_leaves_the_feature_maps_of_before(averaging):
     KNN.feature_maps(averaging, "small", "test", images, np.arange(100))
     before = files_of(averaging)
     path = averaging / "feature_maps/small_test_100_pool0.h5"
-    for size in (0, 1000, path.stat().st_size // 2, path.stat().st_size - 1):
-        with largest_file(size):
-            arguments = averaging, "small", "test", 255 - images, np.arange(100)
-            assert "File too large; free some space" in told_line(KNN.feature_maps, *arguments)
+    with largest_file(path.stat().st_size - 1):
+        arguments = averaging, "small", "test", 255 - images, np.arange(100)
+        assert "File too large; free some space" in told_line(KNN.feature_maps, *arguments)
     assert files_of(averaging) == before
 
 
@@ -163,12 +154,8 @@ def test_neighbours_against_brute_force(compared, photographs):
         assert row[kind] == pytest.approx(100 * right / len(flat["test"]))
 
 
-def test_what_is_printed_and_written(compared, photographs):
+def test_clusters_are_those_of_the_feature_maps(compared, photographs):
     train = photographs.images["train"]
-    header = "| clean | noisy 25 | denoised 25 | noisy 50 | denoised 50 |"
-    assert header in " ".join(compared.printed.split())
-    for space in ("pixels", "PCA", NAME):
-        assert compared.printed.count(f" {space} |") >= 2
     kept = [compared.out / f"models/kmeans_knn_photos_{NAME}_{kind}.npy" for kind in ("centroids", "labels")]
     centroids, labels = map(np.load, kept)
     with h5py.File(compared.out / f"feature_maps/{NAME}_train_{len(train)}_pool4.h5") as file:
@@ -186,20 +173,14 @@ def test_accuracies_are_shown_as_bars_for_every_space_and_kind(compared):
     figure, rows = compared.figures["knn_photos_accuracy.png"], rows_of(compared)
     kinds = ["clean", "noisy 25", "denoised 25", "noisy 50", "denoised 50"]
     assert legend_of(figure) == kinds
-    assert [axis.get_title() for axis in figure.axes] == ["k nearest neighbours", "linear SVM"]
     for axis, panel in zip(figure.axes, (rows[::2], rows[1::2]), strict=True):
         heights = [[bar.get_height() for bar in bars] for bars in axis.containers]
         assert heights == [[row[kind] for row in panel] for kind in kinds]
-        labels = [label.get_text().split("\n")[0] for label in axis.get_xticklabels()]
-        assert labels == ["pixels", "PCA", NAME]
 
 
 def test_nearest_images_are_shown_below_their_queries(compared, photographs):
     figure = compared.figures["knn_photos_neighbours.png"]
     labels, shown = labels_of(figure), pixels_of(figure)
-    rows = [label for label, _ in labels[::3]]
-    spaces = [f"{space}\n{rank}" for space in ("pixels", "PCA", NAME) for rank in (1, 2, 3)]
-    assert rows == ["clean", "noisy 50", "denoised 50", *spaces]
     noisy = np.random.default_rng(0).normal(photographs.images["test"] / 255, 50 / 255)
     queries = KNN.evenly(len(noisy), 3)
     distances = ((photographs.images["train"] / 255 - noisy[queries, None]) ** 2).sum(axis=(2, 3, 4))
