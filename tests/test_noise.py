@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import random_images
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
 from scipy.stats import kurtosis
 
 MID_GREY = 128
@@ -172,6 +172,10 @@ def test_varying_noise_is_stronger_in_some_places_and_sigma_on_average():
     blocks = noise.reshape(8, 8, 16, 8, 16, 3).std(axis=(2, 4, 5))
     assert (blocks.max(axis=(1, 2)) / blocks.min(axis=(1, 2))).min() > 1.6
     assert np.abs(np.log(blocks[:, 1:] / blocks[:, :-1])).max() < 1.2  # and does so smoothly
+    rng = np.random.default_rng(0)
+    level = zoom(rng.uniform(0.1, 1, (8, 4, 4)), (1, 32, 32), order=1, mode="nearest")[..., None]
+    level *= 25 / np.sqrt(np.square(level).mean(axis=(1, 2), keepdims=True))
+    np.testing.assert_allclose(noise, level * rng.standard_normal(noise.shape, np.float32), atol=1e-3)
 
 
 def test_impulses_are_black_or_white_and_bring_an_error_of_sigma():
@@ -239,6 +243,69 @@ def test_variance_of_weak_camera_noise_rises_with_linear_light(monkeypatch):
     assert linear == pytest.approx([linear[1]] * 3, rel=0.1)
 
 
+def test_sensor_noise_is_shot_and_read_noise_in_the_proportion_of_real_cameras(monkeypatch):
+    monkeypatch.setattr(load_data, "to_srgb", lambda linear, curved: linear)  # the noise in linear light
+    monkeypatch.setattr(load_data, "bayer_colours", lambda shape, rng: np.ones(shape, int))  # green
+    monkeypatch.setattr(load_data, "COLOUR_MATRIX", (0, 0))
+    sigma, deviation = np.full((400, 1, 1, 1), 25.0), 25 / 255 / load_data.MID_GREY_SLOPE
+    for share in (0, 1):
+        monkeypatch.setattr(load_data, "TONE_CURVE_SHARE", share)
+        dark, mid = (np.full((400, 32, 32, 3), value, np.float32) for value in (0, 0.5))
+        pair = [
+            load_data.sensor_noise(image, sigma, np.random.default_rng(0))[..., 1] for image in (dark, mid)
+        ]
+        black, grey = (noise.var(axis=(1, 2)) for noise in pair)
+        # a tone curve makes mid-grey steeper, so that the sensor's noise is weaker there
+        assert np.sqrt(grey.mean()) == pytest.approx(deviation / (1.5 if share else 1), rel=0.01)
+        shot = grey.mean() / load_data.MID_GREY
+        found = np.log(black / (grey.mean() - black) * load_data.MID_GREY)
+        # Brooks et al.: log b = 2.18 log a + 1.2, with a deviation of 0.26
+        assert found.mean() == pytest.approx(1.18 * np.log(shot) + 1.2, abs=0.05)
+        assert found.std() == pytest.approx(0.26, abs=0.04)
+
+
+@pytest.mark.parametrize("colour, low, high", [(0, 1.9, 2.4), (2, 1.5, 1.9)])
+def test_white_balance_is_that_of_real_cameras(monkeypatch, colour, low, high):
+    monkeypatch.setattr(load_data, "to_srgb", lambda linear, curved: linear)
+    monkeypatch.setattr(load_data, "bayer_colours", lambda shape, rng: np.full(shape, colour))
+    monkeypatch.setattr(load_data, "COLOUR_MATRIX", (0, 0))
+    images, sigma = np.full((200, 32, 32, 3), 0.5, np.float32), np.full((200, 1, 1, 1), 1.0)
+    noise = load_data.sensor_noise(images, sigma, np.random.default_rng(0))[..., colour]
+    # shot noise alone: of gain^2 * value / gain
+    gains = noise.var(axis=(1, 2)) / (1 / 255 / load_data.MID_GREY_SLOPE) ** 2
+    curved = gains < 1.2
+    gains[curved] *= 1.5**2
+    assert gains.min() == pytest.approx(low, rel=0.15) and gains.max() == pytest.approx(high, rel=0.15)
+    assert gains.mean() == pytest.approx((low + high) / 2, rel=0.02)
+
+
+def test_cameras_sharpen_and_compress_in_their_shares_and_keep_edges(monkeypatch):
+    monkeypatch.setattr(load_data, "SMOOTHED_COLOUR", (0, 0))
+    noise = (
+        np.random.default_rng(0).normal(0, 20 / 255, (400, 16, 16, 1)).repeat(3, axis=3).astype(np.float32)
+    )
+    ramp = np.broadcast_to(np.arange(100, 100 + 16 * load_data.EDGE, load_data.EDGE)[:, None] / 255, (16, 16))
+    ramp = np.broadcast_to(ramp[..., None], noise.shape).astype(np.float32)
+
+    def developed(jpeg=0, sharpened=0, radius=0):
+        monkeypatch.setattr(load_data, "JPEG_SHARE", jpeg)
+        monkeypatch.setattr(load_data, "SHARPENED_SHARE", sharpened)
+        monkeypatch.setattr(load_data, "SMOOTHED_LUMA", (radius, radius))
+        return load_data.developed(ramp, noise.copy(), np.random.default_rng(0)) - ramp
+
+    plain = developed()
+    np.testing.assert_allclose(plain, noise, atol=0.51 / 255)
+    for options, share in (({"jpeg": 0.7}, 0.7), ({"sharpened": 0.3}, 0.3)):
+        changed = np.abs(developed(**options) - plain).mean(axis=(1, 2, 3)) > 0.2 / 255
+        assert changed.mean() == pytest.approx(share, abs=0.07)
+    sharper = developed(sharpened=1)
+    assert (sharper.std(axis=(1, 2, 3)) > noise.std(axis=(1, 2, 3))).mean() > 0.9
+    # at an edge of EDGE grey levels half of what is drawn from 0 to 1 is not smoothed
+    smooth = load_data.low_pass(noise, np.ones((400, 1, 1, 1)))
+    kept = ((developed(radius=1) - smooth) * (noise - smooth)).mean() / np.square(noise - smooth).mean()
+    assert kept == pytest.approx(0.25, abs=0.03)
+
+
 def test_seven_in_ten_cameras_have_a_tone_curve(monkeypatch):
     to_linear, drawn = load_data.to_linear, []
     monkeypatch.setattr(load_data, "to_linear", lambda *pair: drawn.append(pair[1]) or to_linear(*pair))
@@ -285,6 +352,8 @@ def test_demosaicing_keeps_flat_colours_and_measured_values():
     ramp = np.broadcast_to(np.linspace(0, 1, 14, dtype=np.float32), bayer.shape)
     inside = load_data.demosaic(ramp, bayer)[:, 2:-2, 2:-2]
     np.testing.assert_allclose(inside, ramp[:, 2:-2, 2:-2, None].repeat(3, -1), atol=1e-6)
+    # and mirror at the borders
+    np.testing.assert_allclose(load_data.demosaic(ramp, bayer), ramp[..., None].repeat(3, -1), atol=0.1)
 
 
 def test_white_batches_leave_the_noise_to_the_graph():
@@ -336,6 +405,9 @@ def test_grainy_images_are_halved_and_mirrored():
     np.testing.assert_allclose(halved[:, 3, 5], grainy[:, 6:8, 10:12].mean(axis=(1, 2)), atol=1e-6)
     np.testing.assert_array_equal(halved, halved[:, ::-1])
     np.testing.assert_array_equal(halved, halved[:, :, ::-1])
+    stripes = np.full((1, 8, 8, 3), 0.5, np.float32)
+    stripes[:, :, ::2] += 3.5 / 255  # as steep as grain of a deviation of 2.5
+    assert (load_data.halve_grainy(stripes) != stripes).any()
     texture = rng.random((2, 16, 16, 3), np.float32)  # everywhere, and too strong for grain
     np.testing.assert_array_equal(load_data.halve_grainy(texture), texture)
 
@@ -376,7 +448,8 @@ def test_kinds_share_equally_but_those_of_photographs():
     assert load_data.noise_shares(["white", "grey"]) == {"white": 0.5, "grey": 0.5}
     assert load_data.noise_shares(["photographs"]) is load_data.PHOTOGRAPHS_NOISE
     assert set(load_data.PHOTOGRAPHS_NOISE) == set(NOISE_KINDS)
-    assert sum(load_data.PHOTOGRAPHS_NOISE.values()) == pytest.approx(1)
+    shares = list(load_data.PHOTOGRAPHS_NOISE.values())
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
 
 
 def test_validation_images_have_the_kinds_of_noise_of_the_training():
@@ -388,6 +461,8 @@ def test_validation_images_have_the_kinds_of_noise_of_the_training():
     np.testing.assert_allclose(np.ptp((noisy - clean)[is_grey], axis=-1), 0, atol=1e-6)
     np.testing.assert_array_equal(to_uint8(clean[~is_grey]), images[~is_grey])
     np.testing.assert_array_equal(validation_pair(images, noise, (0, 75))[0], noisy)
+    _, clean = validation_pair(images, {"white": 0.5, "grey": 0.5}, (0, 75))
+    assert (np.ptp(clean[:20], axis=-1) == 0).any()  # each kind has weak and strong noise
     white, _ = validation_pair(images, {"white": 1.0}, (0, 75))
     expected = add_noise(images, np.linspace(0, 75, 40), np.random.default_rng(VALIDATION_NOISE_SEED))
     np.testing.assert_allclose(white, expected, atol=1e-6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import classifier
 import simple_autoencoder as simple
 import util
-from load_data import SIGMAS, Batches, Data, add_noise, picture_pairs, pictures_with_noise
+from load_data import SIGMAS, Batches, Data, add_noise, picture_pairs, pictures_with_noise, validation_pair
 from stl10_input import read_all_images
 
 import h5py
@@ -256,7 +256,17 @@ def test_draws_are_calibrated_by_one_number():
     clean, args = random_images(40, 16, 16, 3), Namespace(sigma=(0, 40), noise=["white"])
     noisy = clean[:1] / np.float32(255)
     before = encoder.predict(noisy, verbose=0)
+    assert simple.spread_to_skill({"deviation": np.ones(3), "error": np.ones(3)}, 4) == pytest.approx(
+        1.25**0.5
+    )
+    ratios, models = [], (util.portable_copy(encoder), util.portable_copy(decoder))
+    for part in zip(
+        *(np.split(each, 4) for each in validation_pair(clean, {"white": 1}, (0, 40))), strict=True
+    ):
+        compared = simple.compare_draws(part[1], simple.decoded_draws(*models, part[0], 8)[1])
+        ratios += [simple.spread_to_skill(block, 8) for block in compared.values()]
     ratio = simple.calibrate(encoder, decoder, clean, args)
+    assert ratio == pytest.approx(np.prod(ratios) ** (1 / 16), rel=1e-4)
     assert abs(np.log(ratio)) > 0.1
     after = encoder.predict(noisy, verbose=0)
     for index in range(3):

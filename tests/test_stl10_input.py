@@ -89,7 +89,7 @@ def test_only_what_is_missing_is_transferred(server, tmp_path, name, size):
     assert server.asked == [size]
 
 
-@pytest.mark.parametrize("faults", [["drop", "drop"], ["drop", "no range"], ["drop", "html", 503]])
+@pytest.mark.parametrize("faults", [["drop"] * 6, ["drop", "no range"], ["drop", "html", 503]])
 def test_failed_attempt_is_followed_by_another(server, tmp_path, faults):
     server.faults = faults
     assert fetch(server, tmp_path / "f").read_bytes() == CONTENT
@@ -123,9 +123,12 @@ def test_failed_download_says_what_to_do(server, tmp_path, faults, message):
     assert not (tmp_path / "f").exists()
 
 
-def test_unreachable_server_is_told(tmp_path):
+def test_unreachable_server_is_told(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(DataError, match="f: .*Connection refused; run again to go on, or put f"):
-        download("http://127.0.0.1:9/f", tmp_path / "f", MD5, attempts=2, pause=0.01)
+        download("http://127.0.0.1:9/f", tmp_path / "f", MD5)
+    assert waits == [1, 2, 4, 8]
 
 
 GOOD = [("set/a.bin", b"aaa"), ("set/b.bin", CONTENT[:500_000] + bytes(500_000))]  # packed: half

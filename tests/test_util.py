@@ -252,7 +252,10 @@ def test_expected_error_is_what_draws_of_all_codes_differ_from_the_result(levels
     whole = denoised()
     monkeypatch.setattr(util, "DRAWS_REACH", 4)
     monkeypatch.setattr(util, "DRAWS_TILE", 16)
+    tiles, cuts = util.tiles, []
+    monkeypatch.setattr(util, "tiles", lambda *cut: cuts.append(cut) or tiles(*cut))
     np.testing.assert_allclose(denoised(), whole, rtol=2e-3)
+    assert cuts == [(33, 16, 4), (57, 16, 4)]
 
 
 def test_saved_json_fits_older_keras_and_names_no_policy(tmp_path):
