@@ -48,6 +48,7 @@ from util import (
 import keras
 import numpy as np
 import OpenImageIO as oiio
+from keras import ops
 from PIL import Image, PngImagePlugin
 from scipy.ndimage import convolve, uniform_filter
 from sklearn.datasets import load_sample_images
@@ -171,7 +172,9 @@ def evenly(total, count):
     return np.linspace(0, total, min(count, total), endpoint=False).astype(int)
 
 
-def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, margin=0):
+def load_data(
+    dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, margin=0, shrinking=SHRINKING
+):
     """Load a data set, downloading it if it is not there.
 
     The validation split is drawn from the training images with a fixed seed, before `limit`, so that it is
@@ -184,6 +187,7 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, 
             CIFAR-10 is 32.
         limit: Use the first so many training images only.
         margin: Photographs: by how many pixels training patches exceed `size`, for `Batches` to choose from.
+        shrinking: Photographs: training and validation patches are cut from 1/2 and 1/4 of the size, too.
 
     Returns:
         `Data`.
@@ -194,9 +198,9 @@ def load_data(dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, 
     elif dataset == "stl10":
         data = _load_stl10(data_dir, size or DEFAULT_SIZE)
     elif dataset == "photos":
-        data = _load_photos(size or DEFAULT_SIZE, margin)
+        data = _load_photos(size or DEFAULT_SIZE, margin, shrinking)
     else:
-        data = _load_folder(Path(dataset), size or DEFAULT_SIZE, margin)
+        data = _load_folder(Path(dataset), size or DEFAULT_SIZE, margin, shrinking)
     if limit is not None:
         split = data.denoiser_split
         if limit > (there := len(data.images[split])):
@@ -564,11 +568,11 @@ def shrunk(picture, divisor):
     return _resized(picture, picture.shape[1] // divisor, picture.shape[0] // divisor)
 
 
-def _patches_of(picture, size, margin, split, rng, at_most):
+def _patches_of(picture, size, margin, shrinking, split, rng, at_most):
     """Cut a picture (H, W, 3) into a list of patches, views of it; `at_most` are drawn.
 
-    Training patches are `margin` pixels larger and overlap by half. For training and validation, copies of
-    a half and a quarter of the size are cut as well, in proportionally smaller steps.
+    Training patches are `margin` pixels larger and overlap by half. For training and validation, copies
+    shrunk by the divisors in `shrinking` are cut as well, in proportionally smaller steps.
     """
     step = size
     if split == "train":
@@ -577,7 +581,7 @@ def _patches_of(picture, size, margin, split, rng, at_most):
         if min(picture.shape[:2]) >= size - margin:
             picture = np.pad(picture, (*lacking, (0, 0)), mode="symmetric")
     copies = [(picture, step)]
-    for divisor in SHRINKING if split != "test" else ():
+    for divisor in shrinking if split != "test" else ():
         if min(picture.shape[:2]) // divisor >= size:
             copies.append((shrunk(picture, divisor), step // divisor))
     places = [(copy, *corner) for copy, step in copies for corner in corners(copy, size, step)]
@@ -605,7 +609,7 @@ def split_pictures(labels):
     return splits
 
 
-def _split_and_cut(pictures, labels_of, size, margin):
+def _split_and_cut(pictures, labels_of, size, margin, shrinking):
     """Split pictures, uint8 (H, W, 3), by `split_pictures`, then cut them; few are each cut into three bands.
 
     Returns patches and labels by split, and the middle of the test picture with most texture.
@@ -620,7 +624,7 @@ def _split_and_cut(pictures, labels_of, size, margin):
             regions = dict(zip(PATCH_SPLITS, np.split(picture, [first, second], axis=1), strict=True))
         for split, region in regions.items():
             rng = np.random.default_rng((SPLIT_SEED, index))
-            cut = _patches_of(region, size, margin, split, rng, max(1, MAX_PATCHES // count))
+            cut = _patches_of(region, size, margin, shrinking, split, rng, max(1, MAX_PATCHES // count))
             patches[split].append(np.array(cut, np.uint8))
             labels[split] += [labels_of[index]] * len(cut)
             if split == "test" and cut:
@@ -639,10 +643,10 @@ def _middle(picture, height, width):
     return picture[top : top + height, left : left + width]
 
 
-def _load_photos(size, margin):
+def _load_photos(size, margin, shrinking):
     photographs = load_sample_images()
     labels_of = range(len(photographs.images))
-    images, labels, shown = _split_and_cut(photographs.images, labels_of, size, margin)
+    images, labels, shown = _split_and_cut(photographs.images, labels_of, size, margin, shrinking)
     checksums = {
         Path(name).name: hashlib.md5(picture).hexdigest()
         for name, picture in zip(photographs.filenames, photographs.images, strict=True)
@@ -692,14 +696,15 @@ def classes_of(files, folder):
     return {path: name if path.parent == folder else path.relative_to(folder).parts[0] for path in files}
 
 
-def _load_folder(folder, size, margin):
+def _load_folder(folder, size, margin, shrinking):
     """Patches of a user's own images; subfolders are classes, and what lies beside them is one more."""
     files = image_files(folder, f"--dataset is {', '.join(BUILT_IN)} or a folder of images")
     class_of = classes_of(files, folder)
     classes = sorted(set(class_of.values()))
     print(f"Cutting {len(files):,} images of {folder} into {size}x{size} patches", flush=True)
     labels = [classes.index(class_of[path]) for path in files]
-    images, labels, shown = _split_and_cut(map(_readable_picture, files), labels, size, margin)
+    pictures = map(_readable_picture, files)
+    images, labels, shown = _split_and_cut(pictures, labels, size, margin, shrinking)
     # a name that is no Unicode is shown with escapes
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
     listing = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files])
@@ -978,6 +983,44 @@ PHOTOGRAPHS_NOISE = {"white": 0.42, "camera": 0.28, "grey": 0.14, "jpeg": 0.06, 
 PHOTOGRAPHS_NOISE |= {"poisson": 0.015, "speckle": 0.015, "varying": 0.015, "impulse": 0.015, "uniform": 0.01}
 
 
+OWN = "own"  # in the place of a kind of noise: the pictures are noisy already
+NEIGHBOURS = ((0, 1), (1, 0), (0, 2), (2, 0), (1, 3), (3, 1), (2, 3), (3, 2))  # in a cell of 2x2, by row
+
+
+def draw_neighbours(images, distance, seed):
+    """Two images of noisy ones, each of a pixel of every cell; where they differ, it is mostly by noise.
+
+    Of a cell, 2 * distance pixels wide, two pixels are drawn that are `distance` apart in a row or column.
+    Huang et al., "Neighbor2Neighbor: Self-Supervised Denoising from Single Noisy Images", CVPR 2021, where
+    the distance is 1.
+
+    Args:
+        images: List of tensors (N, H, W, 3), H and W multiples of 2 * distance; all give the same pixels.
+        distance: In pixels, beyond which noise is taken to be independent.
+        seed: `keras.random.SeedGenerator`.
+
+    Returns:
+        Pairs of tensors (N, H / 2 / distance, W / 2 / distance, 3), one for each of `images`.
+    """
+    side = 2 * distance
+    count, height, width, channels = ops.shape(images[0])
+    shape = count, height // side, width // side
+    pair = keras.random.randint(shape, 0, len(NEIGHBOURS), seed=seed)
+    top, left = (keras.random.randint(shape, 0, distance, seed=seed) for _ in range(2))
+    chosen = []
+    for corners in np.array(NEIGHBOURS, np.int32).T:
+        corner = ops.take(corners, pair)
+        row, column = top + corner // 2 * distance, left + corner % 2 * distance
+        chosen.append(ops.one_hot(row * side + column, side * side)[..., None])
+
+    def pixels(image, place):
+        cells = ops.reshape(image, (count, shape[1], side, shape[2], side, channels))
+        cells = ops.reshape(ops.transpose(cells, (0, 1, 3, 2, 4, 5)), (*shape, side * side, channels))
+        return ops.sum(cells * place, axis=3)
+
+    return [tuple(pixels(image, place) for place in chosen) for image in images]
+
+
 def noise_shares(names):
     """Shares by kind of noise: those of PHOTOGRAPHS_NOISE for the name `photographs`, else equal ones."""
     if names == ["photographs"]:
@@ -1004,7 +1047,7 @@ def training_pair(images, kind, position, sigma, rng):
 
     Args:
         images: uint8 array (N, H, W, 3).
-        kind: One of NOISE_KINDS.
+        kind: One of NOISE_KINDS, or OWN, whose pairs are the images as they are.
         position: Where each image lies in the range of strengths, (N, 1, 1, 1) from 0 to 1.
         sigma: Lowest and highest strength on the 0-255 scale. That of camera noise is kept within
             CAMERA_SIGMA, on a logarithmic scale, and zero for a share of NOISELESS.
@@ -1014,6 +1057,8 @@ def training_pair(images, kind, position, sigma, rng):
         Two float arrays like `images`, nominally in [0, 1].
     """
     clean, (low, high) = to_float(clean_of(images, kind)), sigma
+    if kind == OWN:
+        return clean, clean
     strength = low + position * (high - low)
     if kind == "camera":
         clean, (low, high) = halve_grainy(clean), np.clip(sigma, *CAMERA_SIGMA)

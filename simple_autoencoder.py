@@ -34,6 +34,8 @@ import util
 from load_data import (
     MARGIN,
     NOISE_KINDS,
+    OWN,
+    SHRINKING,
     SIGMAS,
     SUFFIXES,
     TEST_NOISE_SEED,
@@ -44,6 +46,7 @@ from load_data import (
     add_noise,
     clean_of,
     dataset_name,
+    draw_neighbours,
     evenly,
     format_for,
     image_files,
@@ -114,6 +117,7 @@ one draw (3 dB lower is right); the PSNR that draws make expect, and its correla
 
 # one's own pictures
 PHOTOGRAPHS_RUN = "stacked_photographs"  # whose model denoises them
+WITHOUT_CLEAN = "learnt from noisy pictures alone"
 DEVIATIONS = "deviation"  # folder of the errors to expect, beside the pictures
 DEVIATION_SCALE = 10  # brightness for a grey level of deviation: white from 25.5 on
 EXPECTED_ERRORS_ARE = (
@@ -284,7 +288,43 @@ class DenoisingVAE(keras.Model):
         kl = kl_divergence(codes, y)
         self.measured["psnr"].update_state(-10 * ops.log10(ops.maximum(mse, 1e-10)))
         self.measured["kl"].update_state(kl)
+        return self.loss_of(mse, kl)
+
+    def loss_of(self, mse, kl):
         return ops.mean(0.5 * ops.log(mse + GREY_LEVEL**2) + self.kl_weight * kl)
+
+
+class NeighbourVAE(DenoisingVAE):
+    """Trains an encoder and a decoder to denoise without one clean image (`load_data.draw_neighbours`).
+
+    What it makes of an image g1(y) of one pixel of each cell of a noisy image y is compared with the image
+    g2(y) of their neighbours, whose noise it cannot know. The loss is that of `DenoisingVAE` with
+
+        mean((f(g1(y)) - g2(y))^2) + mean((f(g1(y)) - g2(y) - (g1(f(y)) - g2(f(y))))^2)
+
+    in the place of the MSE: neighbours differ without noise, too, by as much as they do in f(y), which is
+    taken as a constant (Neighbor2Neighbor, eq. 6 and 9, with a weight of 1).
+    """
+
+    monitor, metric_names = "val_loss", ("kl",)
+    hint = "Nothing clean is known: the loss compares noisy neighbours, on validation images, too."
+
+    def __init__(self, *models, distance=1, **options):
+        super().__init__(*models, **options)
+        self.distance = distance
+
+    def call(self, images, training=False):
+        return super().call(images)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        whole = ops.stop_gradient(y_pred[0])
+        (first, second), expected = draw_neighbours([y, whole], self.distance, self.random)
+        denoised, codes = super().call(first, training)
+        error, difference = denoised - second, expected[0] - expected[1]
+        squares = ops.square(error) + ops.square(error - difference)
+        kl = kl_divergence(codes, first)
+        self.measured["kl"].update_state(kl)
+        return self.loss_of(ops.mean(squares, axis=(1, 2, 3)), kl)
 
 
 class DetailVAE(DenoisingVAE):
@@ -417,10 +457,33 @@ def build_optimizer(learning_rate, steps):
     return util.ConvolutionMuon(rate, weight_decay=None, adam_weight_decay=None, global_clipnorm=CLIP_NORM)
 
 
-def gif_images(data):
-    """Clean (uint8) and noisy (float32) validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
-    clean = data.shown("validation", SHOWN)
-    return clean, add_noise(clean, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED))
+def build_vae(encoder, decoder, args):
+    """What trains an encoder and a decoder of z, with clean images or without."""
+    options = {"kl_weight": args.kl_weight, "seed": args.seed}
+    if args.noise == [OWN]:
+        return NeighbourVAE(encoder, decoder, distance=args.distance, **options)
+    return DenoisingVAE(encoder, decoder, **options)
+
+
+def load_training_data(args):
+    """The data of a training, in whole cells; pictures that are noisy already are not shrunk."""
+    own = args.noise == [OWN]
+    shrinking, side = ((), 2 * args.distance * util.STRIDE) if own else (SHRINKING, util.STRIDE)
+    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN, shrinking)
+    return data.in_cells(side)
+
+
+def noisy_and_clean(images, args, rng=None):
+    """Images (N, H, W, 3), uint8, as they are shown: with noise, float32, and clean, None if nobody knows."""
+    if args.noise == [OWN]:
+        return util.to_float(images), None
+    return add_noise(images, SHOWN_SIGMA, rng), images
+
+
+def gif_images(data, args):
+    """Noisy and clean validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
+    rng = np.random.default_rng(VALIDATION_NOISE_SEED)
+    return noisy_and_clean(data.shown("validation", SHOWN), args, rng)
 
 
 def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
@@ -437,7 +500,7 @@ def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
     vae(validation[0][:1])
     callbacks = [EpochStart(batches, epochs_before)]
     if not is_detail:  # which changes no denoised image
-        callbacks.append(Frames(folder / "frames", gif_images(data)[1], epochs_before * len(batches)))
+        callbacks.append(Frames(folder / "frames", gif_images(data, args)[0], epochs_before * len(batches)))
     print(f"\n{len(images):,} training images. {vae.hint}", flush=True)
     rows = util.fit(vae, batches, validation, epochs, folder, vae.monitor, callbacks, stage)
     seen = {"stage": stage, "images": len(batches) * batches.batch_size}
@@ -493,7 +556,7 @@ def train(args, data):
     start_as_identity(encoder, decoder)
     if args.start:
         load_start(args, *joined)
-    vae = DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
+    vae = build_vae(encoder, decoder, args)
     rows = fit_stage(vae, data, args, "z", args.epochs)
     rows += fit_detail(vae, (detail_encoder, detail_decoder), joined, data, args, len(rows))
     if not (args.detail_epochs or args.start):
@@ -630,26 +693,31 @@ def calibration_rows(blocks, samples, sigma):
     return rows
 
 
+def denoised_rows(models, noisy, label="noisy", clean=None):
+    """Rows of a figure: noisy images, and denoised by each model; with PSNR where clean ones are known."""
+    outputs = {label: util.to_uint8(noisy)}
+    outputs |= {run: util.denoise(model, noisy) for run, model in models.items()}
+    return [(row, images, util.psnr_captions(clean, images)) for row, images in outputs.items()]
+
+
 def reconstruction_figure(models, clean):
     """Rows noisy, denoised by each model, for each sigma, and clean, with PSNR."""
     rows = []
     for sigma in RECONSTRUCTED_SIGMAS:
-        noisy = add_noise(clean, sigma)
-        outputs = {f"noisy, sigma {sigma}": util.to_uint8(noisy)}
-        outputs |= {label: util.denoise(model, noisy) for label, model in models.items()}
-        for label, images in outputs.items():
-            rows.append((label, images, util.psnr_captions(clean, images)))
+        rows += denoised_rows(models, add_noise(clean, sigma), f"noisy, sigma {sigma}", clean)
     return util.rows_figure([*rows, ("clean", clean, None)], "Denoising of test images")
 
 
-def picture_figure(model, clean):
-    """A held-out photograph (H, W, 3) noisy, denoised and clean."""
-    noisy = add_noise(clean[None], SHOWN_SIGMA)[0]
+def picture_figure(model, noisy, clean=None):
+    """A held-out photograph (H, W, 3) noisy, denoised and, if known, clean."""
     denoised, _ = util.denoise_picture(model, noisy)
-    pictures = np.stack([util.to_uint8(noisy), util.to_uint8(denoised), clean])
-    psnr = util.psnr(pictures[[2, 2]], pictures[:2])
-    captions = f"noisy, sigma {SHOWN_SIGMA}, {psnr[0]:.1f} dB", f"denoised, {psnr[1]:.1f} dB", "clean"
-    return util.rows_figure([("", pictures, captions)], "A photograph held out of the training", cell=4)
+    pictures, captions = [util.to_uint8(noisy), util.to_uint8(denoised)], ["noisy", "denoised"]
+    if clean is not None:
+        psnr = util.psnr(np.stack([clean, clean]), np.stack(pictures))
+        captions = [f"noisy, sigma {SHOWN_SIGMA}, {psnr[0]:.1f} dB", f"denoised, {psnr[1]:.1f} dB", "clean"]
+        pictures.append(clean)
+    rows = [("", np.stack(pictures), captions)]
+    return util.rows_figure(rows, "A photograph held out of the training", cell=4)
 
 
 def sweep_figure(models, clean):
@@ -724,18 +792,23 @@ def feature_figure(encoder, clean):
     return util.rows_figure(rows, "Feature maps of a test image: channels of z_mean, by level", cell=0.7)
 
 
-def write_gifs(draft, name, folder, clean, noisy):
-    """Write GIFs of what `Frames` has kept in a folder: noisy, denoised, clean of one image and of all."""
+def write_gifs(draft, name, folder, noisy, clean):
+    """Write GIFs of what `Frames` has kept in a folder: noisy, denoised, clean of one image and of all.
+
+    Clean images are None if nobody knows them.
+    """
     paths = sorted(folder.glob("[0-9]*.npy"))  # a kill may have left a temporary file among them
     chosen = np.unique(np.linspace(0, len(paths) - 1, GIF_FRAMES).round().astype(int))
     for kind, count, cell in (("single", 1, 2.4), ("group", SHOWN, 1.35)):
-        figures = []
+        figures, known = [], None if clean is None else clean[:count]
         for path in (paths[index] for index in chosen):
-            denoised = np.load(path)[:count]
-            captions = util.psnr_captions(clean[:count], denoised)
+            denoised, title = np.load(path)[:count], f"training step {int(path.stem):,}"
+            captions = util.psnr_captions(known, denoised)
             rows = [("noisy", util.to_uint8(noisy[:count]), None), ("denoised", denoised, captions)]
-            title = f"training step {int(path.stem):,}, sigma {SHOWN_SIGMA}"
-            figures.append(util.rows_figure([*rows, ("clean", clean[:count], None)], title, cell))
+            if clean is not None:
+                rows.append(("clean", known, None))
+                title += f", sigma {SHOWN_SIGMA}"
+            figures.append(util.rows_figure(rows, title, cell))
         util.save_gif(figures, draft / f"gifs/{name}_{kind}.gif")
 
 
@@ -757,24 +830,40 @@ def write_run(args, models, encoder, decoder, data, rows, more=None):
     name, frames = args.name, util.training_folder(args.out, args.name) / "frames"
     models = {label: util.portable_copy(model) for label, model in models.items()}
     encoder, decoder = util.portable_copy(encoder), util.portable_copy(decoder)
+    without_clean = args.noise == [OWN]
+    monitor = (NeighbourVAE if without_clean else DenoisingVAE).monitor
     with util.publishing(args.out, name) as draft:
         for part, model in (("encoder", encoder), ("decoder", decoder), ("autoencoder", models[name])):
             util.save_model(draft, model, f"{part}_{name}")
         util.write_csv(draft / f"logs/{name}.csv", rows)
         record = util.describe_run(args, rows) | {"data": data.identity}
-        record["best"] = util.best_row(rows, "val_psnr")
+        record["best"] = util.best_row(rows, monitor)
         record["training_images"] = len(data.images[data.denoiser_split])
         record["pixels_seen"] = sum(row["pixels"] for row in rows)
-        results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES, *QUICK_DRAWS)
-        print("Writing figures and feature maps", flush=True)
-        draw_results(draft, name, models, encoder, decoder, data, by_sigma, QUICK_DRAWS[1])
-        util.save_figures(draft, name, {"history": util.history_figure(rows, METRICS, name)})
+        metrics, results = METRICS, {}
+        if without_clean:
+            metrics = {"loss": "loss"} | METRICS
+            draw_without_clean(draft, name, models, data)
+        else:
+            results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES, *QUICK_DRAWS)
+            print("Writing figures and feature maps", flush=True)
+            draw_results(draft, name, models, encoder, decoder, data, by_sigma, QUICK_DRAWS[1])
+        util.save_figures(draft, name, {"history": util.history_figure(rows, metrics, name)})
         if frames.exists():
-            write_gifs(draft, name, frames, *gif_images(data))
+            write_gifs(draft, name, frames, *gif_images(data, args))
         write_sample_maps(draft, name, encoder, data)
         util.write_record(draft, name, record | (more or {}) | results)
     shown = "reconstructions" if data.shown_picture is None else "picture"
     print(f"Written to {args.out}: all files of {name}; first look at figures/{name}_{shown}.png")
+
+
+def draw_without_clean(draft, name, models, data):
+    """Write the figures of a run whose images are noisy: as they are, and denoised."""
+    rows = denoised_rows(models, util.to_float(data.shown("test", SHOWN)))
+    figures = {"reconstructions": util.rows_figure(rows, "Denoising of held-out images")}
+    if data.shown_picture is not None:
+        figures["picture"] = picture_figure(models[name], util.to_float(data.shown_picture))
+    util.save_figures(draft, name, figures)
 
 
 def draw_results(draft, name, models, encoder, decoder, data, by_sigma, samples):
@@ -787,7 +876,8 @@ def draw_results(draft, name, models, encoder, decoder, data, by_sigma, samples)
         "expected": expected_figure(by_sigma, name),
     }
     if data.shown_picture is not None:
-        figures["picture"] = picture_figure(models[name], data.shown_picture)
+        clean = data.shown_picture
+        figures["picture"] = picture_figure(models[name], add_noise(clean[None], SHOWN_SIGMA)[0], clean)
     util.save_figures(draft, name, figures)
 
 
@@ -816,10 +906,17 @@ def measure_and_print(models, encoder, decoder, data, count, pixels, samples):
     return results, by_sigma
 
 
+def learnt_without_clean(record):
+    """Whether the run of a record has seen noisy images alone."""
+    return record.get("arguments", {}).get("noise") == [OWN]
+
+
 def evaluate_saved(args):
     """Evaluate a saved run; draw its figures anew if data, --size and --images are those of the training."""
     with util.locked(args.out, args.name):
         record = util.read_record(args.out, args.name)
+        if learnt_without_clean(record):
+            raise DataError(f"{args.name}: {WITHOUT_CLEAN}; measure it with --pictures and --noisy")
         names = [record["base"], args.name] if record.get("base") else [args.name]
         models = {run: util.load_model(args.out, run, "autoencoder") for run in names}
         parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
@@ -851,6 +948,8 @@ def psnr_of(error):
 
 def load_parts(args, precision="float32"):
     """Saved autoencoder; with --samples, the encoder and decoder of the same run after it."""
+    if args.samples and learnt_without_clean(util.read_record(args.out, args.name)):
+        raise DataError(f"{args.name}: {WITHOUT_CLEAN}, which tell no errors to expect; leave out --samples")
     parts = ("autoencoder", "encoder", "decoder") if args.samples else ("autoencoder",)
     return [util.load_model(args.out, args.name, part, precision) for part in parts]
 
@@ -1020,9 +1119,12 @@ def add_train_options(parser):
     add("--latent-dim", type=number(int, 12), default=LATENT_DIM, help="channels of z; of a stack, of z2")
     add("--kl-weight", type=share, default=KL_WEIGHT, help="weight of the KL term")
     add("--learning-rate", type=share, default=LEARNING_RATE, help="highest learning rate")
-    kinds = (*NOISE_KINDS, "photographs")
-    words = f"kinds of training noise, in equal shares: {', '.join(NOISE_KINDS)}; or photographs, a mix"
+    kinds = (*NOISE_KINDS, "photographs", OWN)
+    words = f"kinds of training noise, in equal shares: {', '.join(NOISE_KINDS)}; or photographs, a mix; "
+    words += f"or {OWN}, that of a folder's noisy pictures, none of which has a clean version"
     add("--noise", choices=kinds, nargs="+", default=["white"], metavar="KIND", help=words)
+    words = f"with --noise {OWN}: pixels between two whose noise is independent; of cameras 2 or more"
+    add("--distance", type=number(int, 1, 4), default=1, help=words)
 
 
 def add_saved_model_options(parser, default="from the data set"):
@@ -1067,8 +1169,14 @@ def check_train(args, parser):
     """End in a usage error if options of `train` do not go together."""
     if args.sigma[0] > args.sigma[1]:
         parser.error(f"argument --sigma: LOW {args.sigma[0]} is above HIGH {args.sigma[1]}")
-    if "photographs" in args.noise and len(args.noise) > 1:
-        parser.error("argument --noise: photographs is a mix of kinds; give it alone")
+    if len(args.noise) > 1 and {"photographs", OWN} & set(args.noise):
+        parser.error(f"argument --noise: photographs, a mix of kinds, and {OWN} are given alone")
+    if args.noise == [OWN]:
+        if args.dataset in ("cifar10", "stl10"):
+            parser.error(
+                f"argument --noise: {OWN} is that of a folder of noisy pictures; name it with --dataset"
+            )
+        args.detail_epochs = 0  # what noise has destroyed is not seen without clean images
     if not (args.epochs or args.start):
         parser.error("argument --epochs: 0 keeps what --start names; add --start, or train for an epoch")
 
@@ -1125,7 +1233,7 @@ def main(argv=None):
     if args.verb != "train":
         use_saved(args)
         return
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(util.STRIDE)
+    data = load_training_data(args)
     with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, autoencoder, rows = train(args, data)
         write_run(args, {args.name: autoencoder}, encoder, decoder, data, rows)

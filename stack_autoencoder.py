@@ -18,7 +18,7 @@ minutes or more on two CPU cores with AVX512-BF16.
 
 import simple_autoencoder as simple
 import util
-from load_data import MARGIN, dataset_name, load_data, noise_shares, validation_pair
+from load_data import OWN, dataset_name, noise_shares, validation_pair
 
 import keras
 from keras import layers
@@ -144,10 +144,16 @@ def stack_detail_decoder(level_one, filters=DETAIL_FILTERS, blocks=DETAIL_BLOCKS
     return keras.Model([detail, detail2], image, name="detail_decoder")
 
 
-def validation_psnr(vae, data, args):
-    """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images."""
-    model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
+def validation_score(vae, data, args):
+    """Mean PSNR in dB of the autoencoder, as it would be saved, on the noisy validation images.
+
+    Without clean images it is the loss.
+    """
     noisy, clean = validation_pair(data.images["validation"], noise_shares(args.noise), args.sigma)
+    if args.noise == [OWN]:
+        vae.compile()
+        return vae.evaluate(noisy, clean, batch_size=args.batch_size, verbose=0, return_dict=True)["loss"]
+    model = util.portable_copy(simple.build_autoencoder(vae.encoder, vae.decoder))
     return float(util.psnr(util.to_uint8(clean), util.denoise(model, noisy)).mean())
 
 
@@ -186,12 +192,13 @@ def train(args, data, base):
     decoder = stack_decoder(z_decoder, args.filters, DECODER_BLOCKS, args.latent_dim)
     detail = stack_detail_encoder(detail_encoder, args.latent_dim), stack_detail_decoder(detail_decoder)
     joined = simple.join_encoders(encoder, detail[0]), simple.join_decoders(decoder, detail[1])
-    vae = simple.DenoisingVAE(encoder, decoder, args.kl_weight, args.seed)
-    rows, psnr, weights = [], {}, {}
+    vae = simple.build_vae(encoder, decoder, args)
+    score = vae.monitor.replace("val", "validation")
+    rows, scores, weights = [], {}, {}
 
     def note(stage, words):
-        weights[stage], psnr[stage] = vae.get_weights(), validation_psnr(vae, data, args)
-        print(f"Validation PSNR {words}: {psnr[stage]:.2f} dB", flush=True)
+        weights[stage], scores[stage] = vae.get_weights(), validation_score(vae, data, args)
+        print(f"{score} {words}: {scores[stage]:.2f}", flush=True)
 
     note("simple", f"of {base}, before stacking")
     plan = {"greedy": args.greedy_epochs, "joint": args.epochs}
@@ -204,13 +211,14 @@ def train(args, data, base):
         z_encoder.trainable = z_decoder.trainable = stage != "greedy"
         rows += simple.fit_stage(vae, data, args, stage, epochs, len(rows))
         note(stage, f"after the {stage} stage")
-    kept = max(reversed(weights), key=psnr.get)  # of equals the latest
-    best = util.best_row([row for row in rows if row["stage"] == kept], "val_psnr")
+    compared = [{"stage": stage, vae.monitor: scores[stage]} for stage in reversed(weights)]  # latest first
+    kept = util.best_row(compared, vae.monitor)["stage"]
+    best = util.best_row([row for row in rows if row["stage"] == kept], vae.monitor)
     if kept != list(weights)[-1]:
         print(f"The joint stage has not gained: the weights of '{kept}' are kept.")
         vae.set_weights(weights[kept])
     rows += simple.fit_detail(vae, detail, joined, data, args, len(rows))
-    record = {"base": base, "validation_psnr": psnr, "best": best}
+    record = {"base": base, score: scores, "best": best}
     return *joined, simple.build_autoencoder(encoder, decoder), rows, record
 
 
@@ -223,7 +231,7 @@ def main(argv=None):
     base = args.base or started_on or f"simple_{dataset_name(args.dataset)}"
     if base == args.name:
         raise util.ModelError(f"{base}: a stack would replace its own base; choose another --name")
-    data = load_data(args.dataset, args.data_dir, args.size, args.limit, MARGIN).in_cells(util.STRIDE)
+    data = simple.load_training_data(args)
     models = {base: util.load_model(args.out, base, "autoencoder")}
     with util.training(__file__, args, data.checksums, "autoencoder"):
         encoder, decoder, models[args.name], rows, record = train(args, data, base)

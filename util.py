@@ -827,8 +827,8 @@ def psnr(clean, denoised):
 
 
 def psnr_captions(clean, denoised):
-    """PSNR of each image as a caption for `rows_figure`."""
-    return [f"{value:.1f} dB" for value in psnr(clean, denoised)]
+    """PSNR of each image as a caption for `rows_figure`; None where no clean images are known."""
+    return None if clean is None else [f"{value:.1f} dB" for value in psnr(clean, denoised)]
 
 
 def ssim(clean, denoised):

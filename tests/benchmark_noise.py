@@ -14,11 +14,11 @@ import argparse
 import benchmark_common as common
 import simple_autoencoder as simple
 import util
+from benchmark_denoisers import block_matching, non_local_means
 from load_data import NOISE_KINDS, SPLIT_SEED, absolute_path, add_noise, clean_of
 
 import cv2
 import numpy as np
-from benchmark_denoisers import block_matching, non_local_means
 from matplotlib.figure import Figure
 
 SIGMAS = (10, 25)

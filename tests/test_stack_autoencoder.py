@@ -4,12 +4,12 @@ import shutil
 import simple_autoencoder as simple
 import stack_autoencoder as stack
 import util
+from benchmark_common import multiply_accumulates
 
 import h5py
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from benchmark_speed import multiply_accumulates
 from conftest import (
     NAME,
     TINY,
@@ -241,7 +241,7 @@ def test_stack_goes_on_from_a_saved_one_without_a_greedy_stage(stacked, tmp_path
 def test_stage_that_has_not_gained_is_taken_back(best, stacked, tmp_path, monkeypatch):
     told = {"simple": 20, "start": 30, "joint": 29 + 2 * (best == "joint")}
     measured = iter(told.values())
-    monkeypatch.setattr(stack, "validation_psnr", lambda *_: next(measured))
+    monkeypatch.setattr(stack, "validation_score", lambda *_: next(measured))
     record, printed, same = tuned(stacked, tmp_path / "out", monkeypatch, epochs=1)
     assert same == (best == "start")
     assert ("The joint stage has not gained: the weights of 'start' are kept." in printed) == same
