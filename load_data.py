@@ -14,7 +14,6 @@ command line. A fault is a `DataError`, an `OSError` whose message is one line w
 """
 
 import argparse
-import errno
 import hashlib
 import io
 import itertools
@@ -84,11 +83,6 @@ CHANNELS = (("Y",), ("Y", "A"), ("R", "G", "B"), ("R", "G", "B", "A"))
 THUMBNAIL = 1  # as TIFF's NewSubfileType
 PNG_SIGNATURE_BYTES = 8
 CODING_CHUNKS = (b"tRNS", b"bKGD", b"hIST", b"sBIT", b"sPLT")  # they fit pixels as they are stored
-ADDED_CHUNKS = (b"sRGB", b"gAMA", b"cHRM", b"oFFs", b"tIME")  # by OpenImageIO, whatever was read
-SRGB_CHUNKS = {
-    b"gAMA": struct.pack(">I", 45455),
-    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
-}
 # of JPEG: what Pillow writes itself, and a table of further pictures
 PILLOW_SEGMENTS = (b"JFIF", b"Exif", b"http://ns.adobe.com/xap/1.0/", b"ICC_PROFILE", b"Adobe", b"MPF")
 EXIF_TAGS = {270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF
@@ -321,8 +315,6 @@ def read_pixels(path):
         uint8 or uint16 array, (H, W, 1) of a grey image or (H, W, 3) of a coloured one (palettes and CMYK
         become RGB); its alpha (H, W), or None; and its `Metadata`.
     """
-    if not Path(path).is_file():  # a pipe could wait for ever
-        raise FileNotFoundError(errno.ENOENT, "no such file, or none of the regular kind", str(path))
     raw = Path(path).read_bytes()
     try:
         pixels, kind, spec = _decoded(path)
@@ -350,14 +342,14 @@ def _decoded(path):
         raise ValueError(image.geterror())
     photometry = spec.get_string_attribute("tiff:ColorSpace")
     multiplied = spec.alpha_channel >= 0 and not spec.get_int_attribute("oiio:UnassociatedAlpha")
+    following = image.seek_subimage(1, 0)
     rare = {
         f"pixels of type {spec.format}": pixels.dtype not in (np.uint8, np.uint16),
         f"channels {', '.join(spec.channelnames)}": spec.channelnames not in CHANNELS,
         f"colours as {photometry}": photometry not in ("", "palette", "CMYK", "YCbCr"),
         "colours multiplied by alpha": multiplied,
         "a palette of 8 bits, or nothing but black": photometry == "palette" and not pixels.any(),
-        "a volume": spec.depth > 1,
-        "several pictures": any(subfile != THUMBNAIL for subfile in _following(image)),
+        "several pictures": following and image.spec().get_int_attribute("tiff:subfiletype") != THUMBNAIL,
     }
     if found := [reason for reason, there in rare.items() if there]:
         raise ValueError(", ".join(found))
@@ -370,14 +362,6 @@ def _decoded(path):
     return pixels, kind, spec
 
 
-def _following(image):
-    """TIFF's NewSubfileType of the pictures after the first."""
-    for index in itertools.count(1):
-        if not image.seek_subimage(index, 0):
-            return
-        yield image.spec().get_int_attribute("tiff:subfiletype")
-
-
 def upright(pixels, metadata):
     """Turn and mirror pixels (H, W, C) of a file as its EXIF orientation says."""
     orientation = metadata.spec.get_int_attribute("Orientation", 1)
@@ -387,8 +371,8 @@ def upright(pixels, metadata):
     return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
-def format_for(path, pixels, alpha=None, metadata=NO_METADATA):
-    """The format that the ending of `path` asks for; it must hold these channels, depth and colours."""
+def format_for(path, pixels, alpha=None):
+    """The format that the ending of `path` asks for; it must hold these channels and their depth."""
     suffix = path.suffix.lower()
     kind = SUFFIXES.get(suffix)
     if not kind:
@@ -397,17 +381,7 @@ def format_for(path, pixels, alpha=None, metadata=NO_METADATA):
         raise DataError(f"{path}: {suffix} holds no 16 bits; choose .png")
     if alpha is not None and kind == "JPEG":
         raise DataError(f"{path}: JPEG holds no transparency; choose .png")
-    if metadata.kind == "PNG" != kind and _has_colours_of_png(metadata.raw):
-        raise DataError(f"{path}: {kind} does not hold its colours (cICP, gAMA or cHRM); choose .png")
     return kind
-
-
-def _has_colours_of_png(raw):
-    """Whether colours are not those of sRGB, by chunks that other formats do not have."""
-    content = {chunk[4:8]: chunk[8:-4] for chunk in _png_chunks(raw)}
-    if {b"cICP", b"iCCP", b"sRGB"} & set(content):
-        return b"cICP" in content
-    return any(content.get(kind, plain) != plain for kind, plain in SRGB_CHUNKS.items())
 
 
 def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
@@ -415,8 +389,9 @@ def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
 
     From PNG to PNG and into JPEG and WebP metadata stay as they are. TIFF, and PNG from other formats, get
     EXIF without notes of the maker, profile and resolution; of XMP TIFF gets simple properties, PNG none.
+    What a PNG says of its colours without a profile, PNG alone keeps.
     """
-    kind = format_for(path, pixels, alpha, metadata)
+    kind = format_for(path, pixels, alpha)
     channels = pixels if alpha is None else np.dstack([pixels, alpha])
     write = _write_png_or_tiff if kind in ("PNG", "TIFF") else _write_jpeg_or_webp
     with atomic(path) as temporary:
@@ -433,21 +408,16 @@ def _write_png_or_tiff(path, kind, channels, metadata):
     spec.extra_attribs = metadata.spec.extra_attribs
     spec.channelnames, spec.alpha_channel = CHANNELS[count - 1], -1 if count % 2 else count - 1
     spec["oiio:UnassociatedAlpha"] = spec["tiff:write_iptc"] = 1
+    spec["oiio:ColorSpace"] = "unknown"  # else PNG says sRGB, whatever the profile
     file = oiio.ImageOutput.create(kind.lower())
     written = file.open(os.fsencode(path).decode(), spec) and file.write_image(channels) and file.close()
     if not written or not np.array_equal(_decoded(path)[0], channels):  # a full disk is not always told
         raise ValueError(file.geterror())
-    if kind == "PNG":
-        _replace_chunks(path, metadata)
-
-
-def _replace_chunks(path, metadata):
-    """Put the chunks of the PNG that was read into the one written; of other formats, not sRGB's."""
-    written = path.read_bytes()
-    source, lost = (metadata.raw, CODING_CHUNKS) if metadata.kind == "PNG" else (written, ADDED_CHUNKS)
-    kept = [chunk for chunk in _png_chunks(source) if chunk[4:5].islower() and chunk[4:8] not in lost]
-    head, *pixels = (chunk for chunk in _png_chunks(written) if chunk[4:5].isupper())
-    path.write_bytes(b"".join([written[:PNG_SIGNATURE_BYTES], head, *kept, *pixels]))
+    if kind == metadata.kind == "PNG":  # the chunks beside the pixels stay as they were
+        read, written = (list(_png_chunks(raw)) for raw in (metadata.raw, path.read_bytes()))
+        kept = [chunk for chunk in read if chunk[4:5].islower() and chunk[4:8] not in CODING_CHUNKS]
+        head, *pixels = (chunk for chunk in written if chunk[4:5].isupper())
+        path.write_bytes(b"".join([metadata.raw[:PNG_SIGNATURE_BYTES], head, *kept, *pixels]))
 
 
 def _png_chunks(raw):

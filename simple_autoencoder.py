@@ -1023,7 +1023,7 @@ def denoise_file(source, target, load, args):
     """Denoise a picture file by the models that `load` gives for a precision; a line of what came out."""
     started = time.monotonic()
     pixels, alpha, metadata = read_pixels(source)
-    format_for(target, pixels, alpha, metadata)  # before the work
+    format_for(target, pixels, alpha)  # before the work
     deep = pixels.dtype == np.uint16  # which bfloat16 would change by up to a grey level
     autoencoder, *posterior = load("float32" if deep else args.precision)
     denoised, errors = util.denoise_picture(

@@ -931,7 +931,7 @@ def test_picture_that_fails_for_any_reason_does_not_stop_the_others(saved, tmp_p
     assert line.startswith(f"{tmp_path}/out: 1 written, 0 there already (--force replaces them), 3 failed")
     failed = capsys.readouterr().err.splitlines()
     assert failed[0].startswith(f"{tmp_path}/a.png: Unable to allocate")
-    assert failed[1] == f"[Errno 2] no such file, or none of the regular kind: '{tmp_path}/b.png'"
+    assert failed[1] == f"[Errno 2] No such file or directory: '{tmp_path}/b.png'"
     assert failed[2].startswith(f"{tmp_path}/out/c.jpg: JPEG was not written (")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["d.png"]
 
