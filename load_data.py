@@ -83,8 +83,6 @@ CHANNELS = (("Y",), ("Y", "A"), ("R", "G", "B"), ("R", "G", "B", "A"))
 THUMBNAIL = 1  # as TIFF's NewSubfileType
 PNG_SIGNATURE_BYTES = 8
 CODING_CHUNKS = (b"tRNS", b"bKGD", b"hIST", b"sBIT", b"sPLT")  # they fit pixels as they are stored
-# of JPEG: what Pillow writes itself, and a table of further pictures
-PILLOW_SEGMENTS = (b"JFIF", b"Exif", b"http://ns.adobe.com/xap/1.0/", b"ICC_PROFILE", b"Adobe", b"MPF")
 EXIF_TAGS = {270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF
 AHEAD = min(16, os.cpu_count() or 1)  # batches at a time; 64 images of 96x96 take 14 MB
 
@@ -255,11 +253,7 @@ def _load_stl10(data_dir, size):
         images = resize(stl10_input.read_all_images(files[f"{name}_X"]), size)
         if name == "unlabeled":
             return images, np.full(len(images), -1)
-        labels = stl10_input.read_labels(files[f"{name}_y"]).astype(np.int64) - 1
-        if len(labels) != len(images):
-            path = files[f"{name}_y"]
-            raise DataError(f"{path}: {len(labels)} labels of {len(images)} images; delete it and run again")
-        return images, labels
+        return images, stl10_input.read_labels(files[f"{name}_y"]).astype(np.int64) - 1
 
     # the 2.76 GB of the unlabelled split were verified when they were extracted
     hashed = [name for name in stl10_input.FILE_MD5 if "unlabeled" not in name]
@@ -387,9 +381,10 @@ def format_for(path, pixels, alpha=None):
 def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
-    From PNG to PNG and into JPEG and WebP metadata stay as they are. TIFF, and PNG from other formats, get
-    EXIF without notes of the maker, profile and resolution; of XMP TIFF gets simple properties, PNG none.
-    What a PNG says of its colours without a profile, PNG alone keeps.
+    PNG keeps all that a PNG holds. JPEG and WebP keep EXIF, XMP, profile, resolution and comment as they are,
+    JPEG also IPTC. TIFF, and PNG from other formats, get EXIF without notes of the maker, profile and
+    resolution; of XMP TIFF gets simple properties, PNG none. What a PNG says of its colours without a
+    profile, PNG alone keeps.
     """
     kind = format_for(path, pixels, alpha)
     channels = pixels if alpha is None else np.dstack([pixels, alpha])
@@ -456,12 +451,9 @@ def _described_by_pillow(metadata):
             described |= {"exif": exif.tobytes(), "dpi": None}  # which EXIF has
         if metadata.kind == "WEBP" and described["exif"]:
             described["exif"] = b"Exif\0\0" + described["exif"].removeprefix(b"Exif\0\0")
-        segments = [
-            b"\xff" + bytes([0xE0 + int(name[3:])]) + struct.pack(">H", 2 + len(content)) + content
-            for name, content in getattr(image, "applist", [])
-            if name != "COM" and not content.startswith(PILLOW_SEGMENTS)
-        ]
-    return {key: value for key, value in described.items() if value} | {"extra": b"".join(segments)}
+        iptc = [content for name, content in getattr(image, "applist", []) if name == "APP13"]
+    described["extra"] = b"".join(b"\xff\xed" + struct.pack(">H", 2 + len(part)) + part for part in iptc)
+    return {key: value for key, value in described.items() if value}
 
 
 def pictures_by_name(folder):
@@ -475,14 +467,6 @@ def pictures_by_name(folder):
     return named
 
 
-def read_measurable(path):
-    """Read a picture, (H, W, 3) or a grey one (H, W, 1), that is large enough for SSIM."""
-    picture = read_picture(path, keep_grey=True)
-    if min(picture.shape[:2]) < MIN_SIZE:
-        raise DataError(f"{path}: smaller than {MIN_SIZE}x{MIN_SIZE} pixels; remove it")
-    return picture
-
-
 def picture_pairs(folder, noisy_folder):
     """Paths of each picture and its noisy version, a dict by the names of their files."""
     clean, noisy = pictures_by_name(folder), pictures_by_name(noisy_folder)
@@ -494,28 +478,22 @@ def picture_pairs(folder, noisy_folder):
 
 
 def read_pair(clean_path, noisy_path):
-    """Read a clean and a noisy picture, uint8 arrays of one shape."""
-    clean, noisy = read_measurable(clean_path), read_measurable(noisy_path)
+    """Read a clean and a noisy picture, uint8 arrays of one shape (H, W, 3) or, if grey, (H, W, 1)."""
+    clean, noisy = (read_picture(path, keep_grey=True) for path in (clean_path, noisy_path))
     if clean.shape != noisy.shape:
         sizes = " and ".join("x".join(map(str, picture.shape)) for picture in (clean, noisy))
         raise DataError(f"{noisy_path}: of another size than its partner ({sizes}); remove one")
+    if min(clean.shape[:2]) < MIN_SIZE:
+        raise DataError(f"{clean_path}: smaller than {MIN_SIZE}x{MIN_SIZE} pixels; remove it")
     return clean, noisy
 
 
 def pictures_with_noise(pairs, kind, sigma=None):
-    """Pictures and noisy versions of them: their partners or, with sigma, noise of some kind added.
+    """Name, clean and noisy picture of what `picture_pairs` returns; with sigma, noise is added instead.
 
-    White noise is that of the protocol's seed in each picture, as FFDNet is measured in `logs/`; a grey
-    picture gets one channel of it. Other kinds are drawn by one generator for all pictures, since what they
-    choose, as a camera, is to differ.
-
-    Args:
-        pairs: As `picture_pairs` returns them.
-        kind: One of NOISE_KINDS.
-        sigma: Strength of the noise; None leaves the noise that the pictures have.
-
-    Yields:
-        Name, clean picture, uint8, and noisy picture, uint8 or with noise added float32.
+    White noise is that of the protocol's seed in each picture, one channel of it in a grey one. Other kinds
+    are drawn by one generator for all pictures, since what they choose, as a camera, is to differ. Clean
+    pictures are uint8, and noisy ones uint8 or, with noise added, float32.
     """
     rng = None if kind == "white" else np.random.default_rng(TEST_NOISE_SEED)
     for name, paths in pairs.items():
@@ -641,12 +619,8 @@ def image_files(folder, remedy="choose another"):
     """Paths of the images in a folder, its subfolders and what they link to, sorted; hidden ones left out."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {remedy}")
-
-    def name_it(error):
-        print(f"{error.filename}: left out ({error.strerror})", flush=True)
-
     files, walked = [], set()
-    for place, folders, names in os.walk(folder, onerror=name_it, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=print, followlinks=True):
         real = os.path.realpath(place)
         if real in walked:  # a link leads back to it
             folders.clear()
@@ -1079,11 +1053,9 @@ class Batches(keras.utils.PyDataset):
     Args:
         images: uint8 array (N, H, W, 3).
         batch_size: Images in a batch; what is left over at the end of an epoch is dropped.
-        seed: Of order, positions and noise.
         noise: Dict of kinds of noise and their shares of the images; by default white noise alone.
         sigma: Lowest and highest strength of noise on the 0-255 scale, as `training_pair` takes it.
-        shape: Height and width to cut images to, at places that are drawn in each epoch anew; by default
-            they stay as they are.
+        shape: Height and width to cut images to, at random; by default they stay as they are.
     """
 
     def __init__(self, images, batch_size, seed=0, noise=None, sigma=(0, 75), shape=None):
@@ -1168,26 +1140,16 @@ def parse_args(argv=None):
     add_data_options(parser)
     add = parser.add_argument
     add("--out", type=given_path, default=HERE, help="where figures/ is")
-    add("--energy", type=float, default=0.95, help="share of the variance that PCA keeps")
-    args = parser.parse_args(argv)
-    if not 0 < args.energy < 1:
-        parser.error(f"argument --energy: {args.energy} is not between 0 and 1")
-    return args
+    add("--energy", type=number(float, 0.01, 0.99), default=0.95, help="share of the variance that PCA keeps")
+    return parser.parse_args(argv)
 
 
 def fit_pca(images, energy=0.95):
-    """Fit the compression of flattened pixels that keeps a share of their energy (variance).
+    """Fit the PCA of images, uint8 (N, H, W, 3), that keeps a share of their energy (variance).
 
-    Args:
-        images: uint8 array (N, H, W, 3).
-        energy: Share to keep, above 0 and below 1.
-
-    Returns:
-        Fitted `sklearn.decomposition.PCA`; its methods take pixels in [0, 1], flattened.
+    Its methods take pixels in [0, 1], flattened.
     """
     pixels = images.reshape(len(images), -1).astype(np.float32)
-    if not np.ptp(pixels, axis=0).any():
-        raise DataError("there is one picture alone, or all are equal, which gives no PCA; add pictures")
     pixels /= 255  # in place: there may be much of it
     solver = "covariance_eigh" if len(pixels) >= pixels.shape[1] else "full"
     return PCA(n_components=energy, svd_solver=solver).fit(pixels)
@@ -1208,11 +1170,11 @@ def main(argv=None):
     data = load_data(args.dataset, args.data_dir, args.size)
     table = []
     for split, images in data.images.items():
-        counts = np.bincount(data.labels[split][data.labels[split] >= 0], minlength=len(data.class_names))
-        row = {"split": split, "images": len(images), "shape": "x".join(map(str, images.shape[1:]))}
-        row["MB"] = round(images.nbytes / 1e6)
-        row["of a class"] = f"{counts.min()}-{counts.max()}" if counts.any() else "no labels"
-        table.append(row)
+        labels = data.labels[split]
+        counts = np.bincount(labels[labels >= 0], minlength=len(data.class_names))
+        of_a_class = f"{counts.min()}-{counts.max()}" if counts.any() else "no labels"
+        shape = "x".join(map(str, images.shape[1:]))
+        table.append({"split": split, "images": len(images), "shape": shape, "of a class": of_a_class})
     print(format_table(table))
     print("classes:", ", ".join(data.class_names))
     images = data.images["train"]

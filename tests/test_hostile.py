@@ -93,7 +93,7 @@ def test_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert load_data.image_files(tmp_path / "mine") == [tmp_path / "mine/a/0.png"]
-    assert capsys.readouterr().out == f"{tmp_path}/mine/b: left out (Permission denied)\n"
+    assert capsys.readouterr().out == f"[Errno 13] Permission denied: '{tmp_path}/mine/b'\n"
 
 
 def of(shape, *layers_of_it):

@@ -6,7 +6,6 @@ import load_data
 import stl10_input
 import util
 from load_data import Batches, DataError, add_noise
-from stl10_input import IMAGE_BYTES
 
 import imageio.v3 as iio
 import numpy as np
@@ -18,7 +17,6 @@ from conftest import (
     random_images,
     start,
     stl10_files,
-    told_line,
     usage_error,
     without_greeting,
 )
@@ -105,25 +103,6 @@ def test_stl10_is_resized(stl10, size):
 def test_stl10_refuses_other_sizes(stl10):
     with pytest.raises(DataError, match="--size 64 is not one of 48, 50, 72, 96"):
         load_data.load_data("stl10", stl10, size=64)
-
-
-def test_stl10_labels_that_are_not_those_of_the_images(tmp_path):
-    stl10_files(tmp_path, train=3, test=3, unlabeled=3, labels=2)
-    line = told_line(load_data.main, ["--dataset=stl10", "--size=96", f"--data-dir={tmp_path}"])
-    assert line == f"{tmp_path}/stl10_binary/train_y.bin: 2 labels of 3 images; delete it and run again"
-
-
-def test_stl10_file_cut_amid_an_image(stl10):
-    os.truncate(stl10 / "stl10_binary/test_X.bin", 2 * IMAGE_BYTES + 5)
-    line = told_line(load_data.main, ["--dataset=stl10", "--size=96", f"--data-dir={stl10}"])
-    assert line.startswith(f"{stl10}/stl10_binary/test_X.bin: 55,301 bytes is not a whole number of images")
-
-
-def test_resizing_is_antialiased():
-    board = np.indices((96, 96)).sum(axis=0) % 2 * np.uint8(255)  # finer than 48x48 can show
-    board = np.repeat(board[None, :, :, None], 3, axis=3).astype(np.uint8)
-    resized = load_data.resize(board, 48)
-    assert abs(resized[:, 4:-4, 4:-4].astype(int) - 127.5).max() < 2
 
 
 @pytest.fixture
@@ -312,27 +291,13 @@ def test_pca_keeps_the_asked_share_of_energy():
     assert kept >= 0.9
 
 
-def test_pca_of_one_image_or_of_equal_ones_is_told():
-    for images in (random_images(1, 4, 4, 3), np.zeros((5, 4, 4, 3), np.uint8)):
-        with pytest.raises(DataError, match="one picture alone"):
-            load_data.fit_pca(images)
-
-
-def test_batches_cover_an_epoch_once_and_mirror_some():
-    images = np.zeros((10, 4, 4, 3), np.uint8) + np.arange(10, dtype=np.uint8)[:, None, None, None]
-    images[:, :, 0] += 100  # a mark at the left edge
-    batches = Batches(images, 3, seed=5)
-    assert len(batches) == 3
-    seen, mirrored = [], 0
-    for index in range(3):
-        (clean, sigma), target = batches[index]
-        assert clean.dtype == sigma.dtype == np.float32
-        np.testing.assert_array_equal(clean, target)
-        pixels = np.round(clean * 255)
-        seen += pixels[:, 0, 1, 0].tolist()
-        mirrored += (pixels[:, 0, -1, 0] >= 100).sum()
-    assert len(set(seen)) == 9
-    assert 0 < mirrored < 9
+def test_batches_mirror_some_images():
+    images = np.zeros((9, 4, 4, 3), np.uint8)
+    images[:, :, 0] = 100  # a mark at the left edge
+    (clean, sigma), target = Batches(images, 9, seed=5)[0]
+    assert clean.dtype == sigma.dtype == np.float32
+    np.testing.assert_array_equal(clean, target)
+    assert 0 < (clean[:, 1, -1, 0] > 0).sum() < 9
 
 
 @given(st.integers(1, 50), sides, seeds, st.integers(0, 1000))
@@ -379,12 +344,6 @@ def test_paths_of_the_command_line_are_absolute_but_names_stay(tmp_path, monkeyp
     args = load_data.parse_args(["--dataset=mine", "--data-dir=data"])
     assert (args.dataset, args.data_dir) == (str(tmp_path / "mine"), str(tmp_path / "data"))
     assert load_data.parse_args(["--dataset=photos"]).dataset == "photos"
-
-
-def test_out_that_is_a_file(tmp_path):
-    (tmp_path / "out").write_text("")
-    line = told_line(load_data.main, ["--dataset=photos", "--size=12", f"--out={tmp_path}/out"])
-    assert line == f"[Errno 20] Not a directory: '{tmp_path}/out/figures'"
 
 
 def test_output_that_nobody_reads_any_more():
