@@ -1,23 +1,19 @@
-"""Feed thousands of damaged and hostile files to all that reads files; tell what is neither read nor refused.
+"""Feed thousands of damaged files to all that reads files; tell what is neither read nor refused.
 
     KERAS_BACKEND=numpy python tests/fuzz_readers.py SEED [SHARE]
 
 Runs in a process of its own, so that a crash is seen, and on Keras's numpy backend, which starts fast. Prints
 how many files of each kind were read and refused; SHARE, by default 1, is that of the full counts. What a
-reader may raise is DataError, ModelError or another OSError; anything else, more than ten seconds of
-computing for a file, or any attempt of a file to start something ends in a traceback that names the case.
+reader may raise is DataError, ModelError or another OSError; anything else, and more than ten seconds
+of computing for a file, ends in a traceback that names the case.
 """
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
-import os
-import pickle
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -32,20 +28,13 @@ import util
 
 import keras
 import numpy as np
-from conftest import cifar_pickle
 from PIL import Image
 
 SECONDS = 10  # of the processor
-STARTS = ("os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 
 
 class Hung(BaseException):
     """A reader has taken too long."""
-
-
-def watch(event, arguments):
-    if event in STARTS:
-        raise SystemExit(f"a file made its reader call {event}{arguments}")
 
 
 def mutated(raw, rng):
@@ -103,41 +92,10 @@ def stl10_seeds(rng):
     return [(image, stl10_input.read_all_images), (b"\x01\x05\x0a" * 20, stl10_input.read_labels)]
 
 
-class Starts:
-    """Pickles to a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def cifar10_seeds(rng):
-    genuine = cifar_pickle(rng.integers(0, 256, (3, 32, 32, 3), np.uint8), [1, 2, 3])
-    md5 = hashlib.md5(genuine).hexdigest()
-    starts = Starts(os.system, "false"), Starts(subprocess.Popen, ["false"]), Starts(eval, "1/0")
-    hostile = [
-        pickle.dumps({"data": start, "labels": [1]}, protocol) for start in starts for protocol in (0, 4)
-    ]
-    return [(raw, lambda path: stl10_input.read_cifar10_batch(path, md5)) for raw in [genuine, *hostile]]
-
-
 def small_model():
     image = keras.Input((None, None, 3))
     hidden = keras.layers.Dense(4, activation="relu")(image)
     return keras.Model(image, [keras.layers.Dense(5)(hidden), keras.layers.Dense(5)(hidden)])
-
-
-def hostile_models():
-    """Configurations that ask Keras for more than a model of stock layers."""
-    image = keras.Input((2,))
-    yield keras.Model(image, keras.layers.Lambda(lambda x: x)(image)).to_json()
-    popen = {"module": "subprocess", "class_name": "Popen", "config": {"args": ["false"]}}
-    system = {"module": "builtins", "class_name": "function", "config": "os.system"}
-    for config in (popen, system | {"registered_name": "function"}, {"module": "os", "class_name": "system"}):
-        yield json.dumps(config)
-        yield small_model().to_json().replace('"relu"', json.dumps(config))
 
 
 def model_seeds(out):
@@ -155,7 +113,7 @@ def model_seeds(out):
         finally:
             put(target, before)
 
-    texts = [*9 * [architecture.read_text()], "[]", "[" * 10**5, *hostile_models()]
+    texts = [*9 * [architecture.read_text()], "[]", "[" * 10**5]
     return [(text.encode(), read) for text in texts], [(weights.read_bytes(), read)]
 
 
@@ -252,7 +210,6 @@ def main(seed, share=1.0):
         raise Hung
 
     signal.signal(signal.SIGPROF, hung)
-    sys.addaudithook(watch)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     rng = np.random.default_rng(seed)
@@ -261,7 +218,6 @@ def main(seed, share=1.0):
         architectures, weights = model_seeds(out)
         kinds = {
             "STL-10": (stl10_seeds(rng), 1000),
-            "CIFAR-10": (cifar10_seeds(rng), 300),
             "JSON": (architectures, 600),
             "records": (record_seeds(out), 1000),
             "HDF5 weights": (weights, 400),
