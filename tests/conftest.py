@@ -300,12 +300,12 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def stl10_files(folder, labels=None, **counts):
-    """A small STL-10 of so many images in each split, with so many labels; returns its folder."""
+def stl10_files(folder, **counts):
+    """A small STL-10 of so many images in each split; returns its folder."""
     (folder / "stl10_binary").mkdir(parents=True)
     for split, count in counts.items():
         random_images(count * IMAGE_BYTES).tofile(folder / f"stl10_binary/{split}_X.bin")
-        listed = bytes(n % 10 + 1 for n in range(labels or count))
+        listed = bytes(n % 10 + 1 for n in range(count))
         (folder / f"stl10_binary/{split}_y.bin").write_bytes(listed)
     return folder
 
