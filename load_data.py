@@ -249,7 +249,10 @@ def _load_stl10(data_dir, size):
     folder = stl10_input.download_and_extract(data_dir)[0].parent
 
     def split(name):
-        images = resize(stl10_input.read_all_images(folder / f"{name}_X.bin"), size)
+        images = stl10_input.read_all_images(folder / f"{name}_X.bin")  # mapped, not in memory
+        if size != images.shape[1]:
+            resized = (_resized(image, size, size) for image in images)
+            images = np.fromiter(resized, np.dtype((np.uint8, (size, size, 3))), len(images))
         if name == "unlabeled":
             return images, np.full(len(images), -1)
         return images, stl10_input.read_labels(folder / f"{name}_y.bin").astype(np.int64) - 1
@@ -260,17 +263,8 @@ def _load_stl10(data_dir, size):
     return data
 
 
-def resize(images, size):
-    """Resize square images (N, H, H, 3), uint8, to size×size with antialiasing (Pillow's bicubic)."""
-    if size == images.shape[1]:
-        return images  # perhaps a file that is larger than the memory
-    resized = np.empty((len(images), size, size, 3), np.uint8)
-    for index, image in enumerate(images):
-        resized[index] = _resized(image, size, size)
-    return resized
-
-
 def _resized(image, width, height):
+    """An image (H, W, 3), uint8, resized with antialiasing (Pillow's bicubic)."""
     image = Image.fromarray(np.ascontiguousarray(image))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
@@ -506,7 +500,7 @@ def corners(picture, size, step):
 
 
 def shrunk(picture, divisor):
-    """A picture (H, W, 3), uint8, at a part of its size, with antialiasing (Pillow's bicubic)."""
+    """A picture (H, W, 3), uint8, at a part of its size."""
     return _resized(picture, picture.shape[1] // divisor, picture.shape[0] // divisor)
 
 
