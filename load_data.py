@@ -358,12 +358,11 @@ def upright(pixels, metadata):
 
 def format_for(path, pixels, alpha=None):
     """The format that the ending of `path` asks for; it must hold these channels and their depth."""
-    suffix = path.suffix.lower()
-    kind = SUFFIXES.get(suffix)
+    kind = SUFFIXES.get(path.suffix.lower())
     if not kind:
         raise DataError(f"{path}: no format to write has this ending; choose .png, or a folder that is there")
     if pixels.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
-        raise DataError(f"{path}: {suffix} holds no 16 bits; choose .png")
+        raise DataError(f"{path}: {kind} holds no 16 bits; choose .png")
     if alpha is not None and kind == "JPEG":
         raise DataError(f"{path}: JPEG holds no transparency; choose .png")
     return kind
@@ -445,7 +444,7 @@ def _described_by_pillow(metadata):
 
 
 def pictures_by_name(folder):
-    """Paths of the images in a folder and its subfolders by name, without their endings."""
+    """Paths of the images in a folder by name, with subfolders and without endings."""
     named = {}
     for path in image_files(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()

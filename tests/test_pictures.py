@@ -322,7 +322,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
     png(tmp_path / "long.png", RGB, (b"eXIf", b"MM\0*" + bytes(70_000)))
     cases = {
         "a.jpg": ((RGB, GREY[..., 0]), "JPEG holds no transparency; choose .png"),
-        "b.jpg": ((DEEP[..., :3],), ".jpg holds no 16 bits; choose .png"),
+        "b.jpg": ((DEEP[..., :3],), "JPEG holds no 16 bits; choose .png"),
         "c.jpg": (read_pixels(tmp_path / "long.png"), "JPEG was not written (EXIF data is too long); free"),
         "d.webp": ((np.zeros((1, 66_000, 3), np.uint8),), "WEBP was not written ("),
         "a.pcx": ((RGB,), "no format to write has this ending; choose .png"),
