@@ -54,19 +54,10 @@ def tiff(path, pixels, tags=()):
 
 
 def tiff_of_two(path, subfile_type):
-    """Write a TIFF of a picture and of another, by default at half its size, as NewSubfileType says."""
-    content = b"II*\0\x08\0\0\0"
-    for pixels, kind, last in ((RGB, 0, False), (RGB[::2, ::2], subfile_type, True)):
-        height, width, _ = pixels.shape
-        start = len(content) + 2 + 12 * 10 + 4
-        tags = [(254, kind), (256, width), (257, height), (258, start), (259, 1), (262, 2), (273, start + 8)]
-        tags += [(277, 3), (278, height), (279, pixels.size)]
-        types = {tag: (3, 3) if tag == 258 else (4, 1) for tag, _ in tags}
-        entries = [struct.pack("<HHII", tag, *types[tag], value) for tag, value in tags]
-        following = 0 if last else start + 8 + pixels.size
-        content += struct.pack("<H", 10) + b"".join(entries) + struct.pack("<I", following)
-        content += struct.pack("<4H", 8, 8, 8, 0) + pixels.tobytes()
-    path.write_bytes(content)
+    """Write a TIFF of a picture and of another at half its size, whose NewSubfileType is given."""
+    second = Image.fromarray(RGB[::2, ::2])
+    second.encoderinfo = {"tiffinfo": {254: subfile_type}}
+    Image.fromarray(RGB).save(path, save_all=True, append_images=[second])
 
 
 def lzw(path, predictor):
