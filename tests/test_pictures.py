@@ -32,14 +32,11 @@ def png(path, pixels, *chunks, bits=8, colours=2, sides=None):
     height, width = sides or pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    crcs = [struct.pack(">I", zlib.crc32(kind + content)) for kind, content in parts]
-    lengths = [struct.pack(">I", len(content)) for _, content in parts]
-    file = [
-        length + kind + content + crc
-        for length, (kind, content), crc in zip(lengths, parts, crcs, strict=True)
-    ]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(file))
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, content in [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]:
+        file += struct.pack(">I", len(content)) + kind + content
+        file += struct.pack(">I", zlib.crc32(kind + content))
+    path.write_bytes(file)
 
 
 def tiff(path, pixels, tags=()):
