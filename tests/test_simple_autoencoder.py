@@ -915,7 +915,6 @@ def test_folder_is_denoised_with_its_subfolders_and_links(saved, holiday, tmp_pa
 
 def test_picture_that_fails_for_any_reason_does_not_stop_the_others(saved, tmp_path, monkeypatch, capsys):
     iio.imwrite(tmp_path / "a.png", random_images(8, 8, 3))
-    os.mkfifo(tmp_path / "b.png")
     iio.imwrite(tmp_path / "c.jpg", np.zeros((1, 66_000), np.uint8), extension=".png")
     iio.imwrite(tmp_path / "d.png", random_images(9, 8, 3))
     denoise_picture = util.denoise_picture
