@@ -141,7 +141,7 @@ def test_what_is_shown_has_texture_and_is_of_many_pictures(folder_of_flat_pictur
 
 def test_patches_of_different_splits_come_from_different_columns():
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (60, 200, 3))
-    images, *_ = load_data._split_and_cut([columns], [0], 10, 0)
+    images, *_ = load_data._split_and_cut([columns], [0], 10, 0, load_data.SHRINKING)
     seen = {split: set(np.unique(patches)) for split, patches in images.items()}
     for one, other in itertools.combinations(seen.values(), 2):
         assert not one & other
@@ -159,7 +159,7 @@ def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
     whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}
     half = load_data.shrunk(blocks, 2)
     halves = {half[r : r + 16, c : c + 16].tobytes() for r in range(0, 33, 4) for c in range(0, 33, 4)}
-    images, labels, *_ = load_data._split_and_cut([blocks] * 10, range(10), 16, 0)
+    images, labels, *_ = load_data._split_and_cut([blocks] * 10, range(10), 16, 0, load_data.SHRINKING)
     seen = {split: {patch.tobytes() for patch in patches} for split, patches in images.items()}
     assert whole < seen["train"] and halves < seen["train"]
     assert len(seen["train"]) == len(whole) + len(halves) + 5 * 5  # of a quarter: 24x24, 2 pixels apart
@@ -173,7 +173,11 @@ def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
 @given(sides, sides, st.integers(12, 20), st.integers(1, 80), st.sampled_from(load_data.PATCH_SPLITS), seeds)
 def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, split, seed):
     picture = random_images(height, width, 3, seed=seed)
-    patches = np.array(load_data._patches_of(picture, size, 0, split, np.random.default_rng(seed), at_most))
+    patches = np.array(
+        load_data._patches_of(
+            picture, size, 0, load_data.SHRINKING, split, np.random.default_rng(seed), at_most
+        )
+    )
     step = size // 2 if split == "train" else size
     places = len(load_data.corners(picture, size, step))
     assert min(places, at_most) <= len(patches) <= at_most
@@ -199,7 +203,7 @@ def test_a_class_is_split_alike_whatever_lies_beside_it():
 
 def test_patches_of_a_picture_are_limited(monkeypatch):
     monkeypatch.setattr(load_data, "MAX_PATCHES", 300)
-    images, *_ = load_data._split_and_cut(random_images(10, 96, 96, 3), [0] * 10, 16, 0)
+    images, *_ = load_data._split_and_cut(random_images(10, 96, 96, 3), [0] * 10, 16, 0, load_data.SHRINKING)
     assert len(images["train"]) == 8 * 30
     assert len({patch.tobytes() for patch in images["train"]}) == 8 * 30
 
