@@ -473,17 +473,12 @@ def load_training_data(args):
     return data.in_cells(side)
 
 
-def noisy_and_clean(images, args, rng=None):
-    """Images (N, H, W, 3), uint8, as they are shown: with noise, float32, and clean, None if nobody knows."""
+def gif_images(data, args):
+    """Noisy and clean validation images of the GIFs, (SHOWN, H, W, 3); None where no clean ones are known."""
+    images = data.shown("validation", SHOWN)
     if args.noise == [OWN]:
         return util.to_float(images), None
-    return add_noise(images, SHOWN_SIGMA, rng), images
-
-
-def gif_images(data, args):
-    """Noisy and clean validation images whose denoising the GIFs show, (SHOWN, H, W, 3)."""
-    rng = np.random.default_rng(VALIDATION_NOISE_SEED)
-    return noisy_and_clean(data.shown("validation", SHOWN), args, rng)
+    return add_noise(images, SHOWN_SIGMA, np.random.default_rng(VALIDATION_NOISE_SEED)), images
 
 
 def fit_stage(vae, data, args, stage, epochs, epochs_before=0):
@@ -767,19 +762,6 @@ def calibration_panels(blocks, samples):
     ], chance
 
 
-def expected_figure(by_sigma, title):
-    """Expected against true PSNR of each test image, a colour for each sigma."""
-    figure = Figure(figsize=(5, 4.4), layout="constrained")
-    axis = figure.subplots()
-    for sigma, (_, psnrs) in by_sigma.items():
-        axis.plot(psnrs["expected"], psnrs["posterior mean"], ".", label=f"sigma {sigma}")
-    low, high = axis.get_xlim()
-    axis.plot((low, high), (low, high), color="black", linewidth=0.8)
-    axis.set(xlabel="expected PSNR in dB, by the draws alone", ylabel="true PSNR in dB", title=title)
-    axis.legend()
-    return figure
-
-
 def feature_figure(encoder, clean):
     """The channels of each level's z_mean of an image (1, H, W, 3), each scaled to its own range."""
     rows = []
@@ -845,9 +827,9 @@ def write_run(args, models, encoder, decoder, data, rows, more=None):
             metrics = {"loss": "loss"} | METRICS
             draw_without_clean(draft, name, models, data)
         else:
-            results, by_sigma = measure_and_print(models, encoder, decoder, data, TEST_IMAGES, *QUICK_DRAWS)
+            results, blocks = measure_and_print(models, encoder, decoder, data, TEST_IMAGES, *QUICK_DRAWS)
             print("Writing figures and feature maps", flush=True)
-            draw_results(draft, name, models, encoder, decoder, data, by_sigma, QUICK_DRAWS[1])
+            draw_results(draft, name, models, encoder, decoder, data, blocks, QUICK_DRAWS[1])
         util.save_figures(draft, name, {"history": util.history_figure(rows, metrics, name)})
         if frames.exists():
             write_gifs(draft, name, frames, *gif_images(data, args))
@@ -866,14 +848,13 @@ def draw_without_clean(draft, name, models, data):
     util.save_figures(draft, name, figures)
 
 
-def draw_results(draft, name, models, encoder, decoder, data, by_sigma, samples):
+def draw_results(draft, name, models, encoder, decoder, data, blocks, samples):
     """Write the figures of what `measure_and_print` measured, `figures/NAME_*.png`."""
     shown = data.shown("test", SHOWN)
     figures = {
         "reconstructions": reconstruction_figure(models, shown),
         "sweep": sweep_figure(models, data.first("test", SWEEP_IMAGES)),
-        "posterior": posterior_figure(encoder, decoder, shown, by_sigma[SHOWN_SIGMA][0], samples),
-        "expected": expected_figure(by_sigma, name),
+        "posterior": posterior_figure(encoder, decoder, shown, blocks, samples),
     }
     if data.shown_picture is not None:
         clean = data.shown_picture
@@ -882,7 +863,7 @@ def draw_results(draft, name, models, encoder, decoder, data, by_sigma, samples)
 
 
 def measure_and_print(models, encoder, decoder, data, count, pixels, samples):
-    """Measure and print; return the tables for the record, and by sigma what `measure_posterior` returns."""
+    """Measure and print; return the tables for the record, and the draws compared at SHOWN_SIGMA."""
     clean = data.first("test", count)
     size = f"images of {clean.shape[2]}x{clean.shape[1]}"
     table = evaluate(blind(models), clean)
@@ -890,10 +871,11 @@ def measure_and_print(models, encoder, decoder, data, count, pixels, samples):
     print(util.format_table(table), flush=True)
     results = {"evaluation": {f"{data.name}, {len(clean)} {size}": table}}
     clean = clean[: max(1, pixels // math.prod(clean.shape[1:3]))]
-    by_sigma, calibration, quality = {}, [], []
+    calibration, quality, shown_blocks = [], [], None
     for sigma in POSTERIOR_SIGMAS:
         blocks, psnrs = measure_posterior(encoder, decoder, clean, sigma, samples)
-        by_sigma[sigma] = blocks, psnrs
+        if sigma == SHOWN_SIGMA:
+            shown_blocks = blocks
         calibration += calibration_rows(blocks, samples, sigma)
         row = {"sigma": sigma} | {f"{label} PSNR": float(values.mean()) for label, values in psnrs.items()}
         row["correlation"] = float(np.corrcoef(psnrs["posterior mean"], psnrs["expected"])[0, 1])
@@ -903,7 +885,7 @@ def measure_and_print(models, encoder, decoder, data, count, pixels, samples):
     print(f"\n{QUALITY_EXPLAINED}")
     print(util.format_table(quality), flush=True)
     results["posterior"] = {f"{data.name}, {len(clean)} {size}, {samples} draws": (calibration, quality)}
-    return results, by_sigma
+    return results, shown_blocks
 
 
 def learnt_without_clean(record):
@@ -923,14 +905,14 @@ def evaluate_saved(args):
         dataset = args.dataset or record.get("data", {}).get("name", "cifar10")
         trained_size = util.size_of_run(record, dataset_name(dataset))
         data = load_data(dataset, args.data_dir, args.size or trained_size).in_cells(util.STRIDE)
-        results, by_sigma = measure_and_print(models, *parts, data, args.images, *ALL_DRAWS)
+        results, blocks = measure_and_print(models, *parts, data, args.images, *ALL_DRAWS)
         for section in ("evaluation", "posterior"):
             results[section] = record.get(section, {}) | results[section]
         written = f"record of {args.name}"
         with util.publishing(args.out, args.name) as draft:
             same_data = record.get("data") == data.identity and args.size in (None, trained_size)
             if same_data and args.images == TEST_IMAGES:
-                draw_results(draft, args.name, models, *parts, data, by_sigma, ALL_DRAWS[1])
+                draw_results(draft, args.name, models, *parts, data, blocks, ALL_DRAWS[1])
                 written += " and figures"
             util.write_record(draft, args.name, record | results)
     print(f"Written to {args.out}: {written}")

@@ -341,7 +341,7 @@ def test_every_file_of_the_run_is_there(trained):
     expected = {f"logs/{NAME}.csv", f"logs/{NAME}.json", f"feature_maps/{NAME}.png"}
     for part in ("encoder", "decoder", "autoencoder"):
         expected |= {f"models/{part}_{NAME}.json", f"weights/{part}_{NAME}.weights.h5"}
-    kinds = ("reconstructions", "picture", "history", "sweep", "posterior", "expected")
+    kinds = ("reconstructions", "picture", "history", "sweep", "posterior")
     expected |= {f"figures/{NAME}_{kind}.png" for kind in kinds}
     expected |= {f"gifs/{NAME}_{kind}.gif" for kind in ("single", "group")}
     expected |= {f"feature_maps/{NAME}_{split}.h5" for split in ("test", "train")}
@@ -444,17 +444,6 @@ def test_posterior_is_shown_by_draws_and_by_its_calibration(trained, shown):
     assert np.mean(histogram[0][1]) == pytest.approx(1)
 
 
-def test_expected_psnr_is_shown_against_the_true_one(trained):
-    (axis,) = trained.figures[f"{NAME}_expected.png"].axes
-    *points, diagonal = axis.lines
-    quality = evaluation_of(trained.out, part="posterior")[1]
-    for line, row in zip(points, quality, strict=True):
-        assert line.get_label() == f"sigma {row['sigma']}"
-        assert np.mean(line.get_xdata()) == pytest.approx(row["expected PSNR"], abs=1e-3)
-        assert np.mean(line.get_ydata()) == pytest.approx(row["posterior mean PSNR"], abs=1e-3)
-    np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
-
-
 def test_feature_maps_are_shown_each_in_its_own_range(trained, photographs):
     image = photographs.in_cells(util.STRIDE).shown("test", 1)
     (maps,) = util.encode(util.load_model(trained.out, NAME, "encoder"), image)
@@ -490,7 +479,7 @@ def test_record_tells_how_the_run_came_about(trained):
 
 def test_evaluate_from_elsewhere_prints_records_and_draws_what_the_training_did(trained, trained_copy):
     record = util.read_record(trained_copy, NAME)
-    kinds = ("reconstructions", "picture", "sweep", "posterior", "expected")
+    kinds = ("reconstructions", "picture", "sweep", "posterior")
     figures = [f"figures/{NAME}_{kind}.png" for kind in kinds]
     for figure in figures:
         (trained_copy / figure).unlink()
