@@ -255,7 +255,10 @@ def _load_stl10(data_dir, size):
             images = np.fromiter(resized, np.dtype((np.uint8, (size, size, 3))), len(images))
         if name == "unlabeled":
             return images, np.full(len(images), -1)
-        return images, stl10_input.read_labels(folder / f"{name}_y.bin").astype(np.int64) - 1
+        labels = stl10_input.read_labels(folder / f"{name}_y.bin").astype(np.int64) - 1
+        if len(labels) != len(images):
+            raise DataError(f"{folder}/{name}_y.bin: not a label for each image; delete it and run again")
+        return images, labels
 
     classes, checksums = stl10_input.CLASS_NAMES, stl10_input.FILE_MD5  # compared when they were extracted
     data = _with_validation("stl10", *split("train"), split("test"), classes, checksums)
@@ -1137,6 +1140,8 @@ def fit_pca(images, energy=0.95):
     Its methods take pixels in [0, 1], flattened.
     """
     pixels = images.reshape(len(images), -1).astype(np.float32)
+    if not np.ptp(pixels, axis=0).any():
+        raise DataError("there is one picture alone, or all are equal, which gives no PCA; add pictures")
     pixels /= 255  # in place: there may be much of it
     solver = "covariance_eigh" if len(pixels) >= pixels.shape[1] else "full"
     return PCA(n_components=energy, svd_solver=solver).fit(pixels)

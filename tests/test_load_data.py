@@ -17,6 +17,7 @@ from conftest import (
     random_images,
     start,
     stl10_files,
+    told_line,
     usage_error,
     without_greeting,
 )
@@ -281,6 +282,14 @@ def test_folder_names_its_data_set_but_never_as_a_built_in_one():
         assert load_data.dataset_name(dataset) == name
 
 
+def test_stl10_labels_that_are_not_those_of_the_images(tmp_path):
+    stl10_files(tmp_path, train=3, test=3, unlabeled=3)
+    path = tmp_path / "stl10_binary/train_y.bin"
+    path.write_bytes(path.read_bytes()[:2])
+    line = told_line(load_data.load_data, "stl10", tmp_path, 96)
+    assert line == f"{path}: not a label for each image; delete it and run again"
+
+
 def test_pca_keeps_the_asked_share_of_energy():
     rng = np.random.default_rng(0)
     flat = rng.normal(128, 1, (200, 12)) + rng.normal(0, 30, (200, 2)) @ rng.normal(0, 1, (2, 12))
@@ -291,6 +300,7 @@ def test_pca_keeps_the_asked_share_of_energy():
     kept = 1 - ((pixels - restored) ** 2).sum() / ((pixels - pixels.mean(0)) ** 2).sum()
     assert pca.n_components_ <= 2
     assert kept >= 0.9
+    assert "gives no PCA" in told_line(load_data.fit_pca, images[:1])
 
 
 def test_batches_mirror_some_images():
