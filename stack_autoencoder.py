@@ -193,12 +193,12 @@ def train(args, data, base):
     detail = stack_detail_encoder(detail_encoder, args.latent_dim), stack_detail_decoder(detail_decoder)
     joined = simple.join_encoders(encoder, detail[0]), simple.join_decoders(decoder, detail[1])
     vae = simple.build_vae(encoder, decoder, args)
-    score = vae.monitor.replace("val", "validation")
+    score, unit = ("validation_loss", "") if args.noise == [OWN] else ("validation_psnr", " dB")
     rows, scores, weights = [], {}, {}
 
     def note(stage, words):
         weights[stage], scores[stage] = vae.get_weights(), validation_score(vae, data, args)
-        print(f"{score} {words}: {scores[stage]:.2f}", flush=True)
+        print(f"{score} {words}: {scores[stage]:.2f}{unit}", flush=True)
 
     note("simple", f"of {base}, before stacking")
     plan = {"greedy": args.greedy_epochs, "joint": args.epochs}
