@@ -803,7 +803,7 @@ def test_training_makes_draws_as_wide_as_the_error():
 WRONG_USAGE = [
     ("--sigma -1 5", "-1 is not from 0"),
     ("--sigma 50 5", "--sigma: LOW 50.0 is above HIGH 5.0"),
-    ("--noise grey photographs", "--noise: photographs is a mix"),
+    ("--noise grey photographs", "--noise: photographs, a mix"),
     ("--epochs 0", "--epochs: 0 keeps what --start names"),
     ("--name a/b", "--name"),
     ("--learning-rate nan", "--learning-rate"),
