@@ -26,23 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import stl10_input
+import util
 from stl10_input import DataError
-from util import (
-    HERE,
-    NAME_BYTES,
-    HelpFormatter,
-    atomic,
-    first_line,
-    format_table,
-    given_path,
-    number,
-    psnr_captions,
-    rows_figure,
-    run_script,
-    save_figure,
-    to_float,
-    to_uint8,
-)
 
 import keras
 import numpy as np
@@ -165,7 +150,7 @@ def evenly(total, count):
 
 
 def load_data(
-    dataset="cifar10", data_dir=HERE / "data", size=None, limit=None, margin=0, shrinking=SHRINKING
+    dataset="cifar10", data_dir=util.HERE / "data", size=None, limit=None, margin=0, shrinking=SHRINKING
 ):
     """Load a data set, downloading it if it is not there.
 
@@ -217,7 +202,7 @@ def dataset_name(dataset):
     if dataset in BUILT_IN:
         return dataset
     name = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(dataset).resolve().name) or "root"
-    name = name.encode()[: NAME_BYTES - 20].decode(errors="ignore")  # the kind of the run comes before it
+    name = name.encode()[: util.NAME_BYTES - 20].decode(errors="ignore")  # a run's kind is before it
     return f"{name}_folder" if name in BUILT_IN else name
 
 
@@ -309,7 +294,7 @@ def read_pixels(path):
         if b"acTL" in raw[: raw.find(b"IDAT")] and kind == "PNG":
             raise ValueError("an animation")
     except ValueError as error:
-        message = f"{path}: not a readable image ({first_line(error)}); convert it to plain PNG"
+        message = f"{path}: not a readable image ({util.first_line(error)}); convert it to plain PNG"
         raise DataError(message) from None
     colours = 3 if pixels.shape[2] > 2 else 1
     alpha = pixels[..., -1] if pixels.shape[2] > colours else None
@@ -382,12 +367,12 @@ def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
     kind = format_for(path, pixels, alpha)
     channels = pixels if alpha is None else np.dstack([pixels, alpha])
     write = _write_png_or_tiff if kind in ("PNG", "TIFF") else _write_jpeg_or_webp
-    with atomic(path) as temporary:
+    with util.atomic(path) as temporary:
         try:
             write(temporary, kind, np.ascontiguousarray(channels), metadata)
         except (OSError, ValueError, struct.error) as error:
             remedy = "free space on the disk, or choose .png"
-            raise OSError(f"{path}: {kind} was not written ({first_line(error)}); {remedy}") from None
+            raise OSError(f"{path}: {kind} was not written ({util.first_line(error)}); {remedy}") from None
 
 
 def _write_png_or_tiff(path, kind, channels, metadata):
@@ -708,10 +693,10 @@ def jpeg(images, sigma, rng, quality=None):
         quality: JPEG quality of all files, with colours at half the resolution (4:2:0); by default one of
             TRAINING_JPEG_QUALITIES is drawn for each, and 4:4:4 or 4:2:0.
     """
-    noisy = to_uint8(white(images, sigma, rng))
+    noisy = util.to_uint8(white(images, sigma, rng))
     if quality:
-        return to_float(through_jpeg(noisy, [quality] * len(noisy), [2] * len(noisy)))
-    return to_float(through_jpeg(noisy, *draw_jpeg(len(noisy), rng)))
+        return util.to_float(through_jpeg(noisy, [quality] * len(noisy), [2] * len(noisy)))
+    return util.to_float(through_jpeg(noisy, *draw_jpeg(len(noisy), rng)))
 
 
 def draw_jpeg(count, rng):
@@ -852,11 +837,11 @@ def developed(images, noise, rng):
     files = rng.random(len(images)) < JPEG_SHARE
     options = draw_jpeg(files.sum(), rng)
     with_noise, against = (
-        to_float(through_jpeg(to_uint8(images[files] + part), *options))
+        util.to_float(through_jpeg(util.to_uint8(images[files] + part), *options))
         for part in (noise[files], -noise[files])
     )
     noise[files] = (with_noise - against) / 2
-    return to_float(to_uint8(images + noise))
+    return util.to_float(util.to_uint8(images + noise))
 
 
 def to_linear(images, curved):
@@ -990,7 +975,7 @@ def training_pair(images, kind, position, sigma, rng):
     Returns:
         Two float arrays like `images`, nominally in [0, 1].
     """
-    clean, (low, high) = to_float(clean_of(images, kind)), sigma
+    clean, (low, high) = util.to_float(clean_of(images, kind)), sigma
     if kind == OWN:
         return clean, clean
     strength = low + position * (high - low)
@@ -1079,7 +1064,7 @@ class Batches(keras.utils.PyDataset):
         shares = np.array(list(self.noise.values()))
         kinds = rng.choice(list(self.noise), len(batch), p=shares / shares.sum())
         position = rng.random((len(batch), 1, 1, 1))
-        clean = to_float(batch)
+        clean = util.to_float(batch)
         noisy, sigma = clean.copy(), np.zeros(position.shape, np.float32)
         for kind in self.noise:
             chosen = kinds == kind
@@ -1104,7 +1089,7 @@ class Batches(keras.utils.PyDataset):
 
 def absolute_path(text):
     """Absolute path of what a command line names, so that --resume finds it from any folder."""
-    return str(given_path(text).resolve())
+    return str(util.given_path(text).resolve())
 
 
 def dataset_or_folder(text):
@@ -1120,17 +1105,18 @@ def add_data_options(parser, default="cifar10"):
     size = f"side of STL-10's images (48, 50, 72, 96) or of photographs' patches (default: {DEFAULT_SIZE})"
     where = "where data are kept and downloaded to"
     add("--dataset", type=dataset_or_folder, default=default, help=dataset)
-    add("--data-dir", type=absolute_path, default=str(HERE / "data"), help=where)
-    add("--size", type=number(int, MIN_SIZE), help=size)
+    add("--data-dir", type=absolute_path, default=str(util.HERE / "data"), help=where)
+    add("--size", type=util.number(int, MIN_SIZE), help=size)
 
 
 def parse_args(argv=None):
     description = "Prepare a data set and show it."
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=util.HelpFormatter)
     add_data_options(parser)
     add = parser.add_argument
-    add("--out", type=given_path, default=HERE, help="where figures/ is")
-    add("--energy", type=number(float, 0.01, 0.99), default=0.95, help="share of the variance that PCA keeps")
+    add("--out", type=util.given_path, default=util.HERE, help="where figures/ is")
+    energy = "share of the variance that PCA keeps"
+    add("--energy", type=util.number(float, 0.01, 0.99), default=0.95, help=energy)
     return parser.parse_args(argv)
 
 
@@ -1152,9 +1138,9 @@ def show_samples(data, path):
     clean = data.shown("test", 8)
     rows = [("clean", clean, None)]
     for sigma in SIGMAS:
-        noisy = to_uint8(add_noise(clean, sigma))
-        rows.append((f"sigma {sigma}", noisy, psnr_captions(clean, noisy)))
-    save_figure(rows_figure(rows, f"{data.name}: test images and the noise added to them"), path)
+        noisy = util.to_uint8(add_noise(clean, sigma))
+        rows.append((f"sigma {sigma}", noisy, util.psnr_captions(clean, noisy)))
+    util.save_figure(util.rows_figure(rows, f"{data.name}: test images and the noise added to them"), path)
 
 
 def main(argv=None):
@@ -1167,7 +1153,7 @@ def main(argv=None):
         of_a_class = f"{counts.min()}-{counts.max()}" if counts.any() else "no labels"
         shape = "x".join(map(str, images.shape[1:]))
         table.append({"split": split, "images": len(images), "shape": shape, "of a class": of_a_class})
-    print(format_table(table))
+    print(util.format_table(table))
     print("classes:", ", ".join(data.class_names))
     images = data.images["train"]
     count = max(2, min(1000, PCA_VALUES // math.prod(images.shape[1:])))  # more would take minutes
@@ -1181,4 +1167,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    util.run_script(main)

@@ -322,13 +322,13 @@ def test_batches_show_every_image_at_most_once_in_an_epoch(count, batch_size, se
 
 
 def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypatch):
-    drawn, save_figure = {}, load_data.save_figure
+    drawn, save_figure = {}, util.save_figure
 
     def keep_figure(figure, path):
         drawn[path.suffix] = figure
         save_figure(figure, path)
 
-    monkeypatch.setattr(load_data, "save_figure", keep_figure)
+    monkeypatch.setattr(util, "save_figure", keep_figure)
     load_data.main(["--dataset", "photos", "--size=16", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "|      train |" in printed
@@ -338,7 +338,7 @@ def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypat
     (shown, labels), columns = (part(drawn[".png"]) for part in (pixels_of, labels_of)), 8
     assert [label for label, _ in labels[::columns]] == ["clean", *(f"sigma {s}" for s in load_data.SIGMAS)]
     np.testing.assert_array_equal(shown[:columns], clean)
-    noisy = load_data.to_uint8(add_noise(clean, 15))
+    noisy = util.to_uint8(add_noise(clean, 15))
     np.testing.assert_array_equal(shown[columns : 2 * columns], noisy)
     assert labels[columns][1] == f"{util.psnr(clean, noisy)[0]:.1f} dB"
 
