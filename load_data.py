@@ -22,7 +22,7 @@ import os
 import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import stl10_input
@@ -45,13 +45,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # so do texts of
 warnings.filterwarnings("ignore", module="PIL")  # of slightly damaged files
 
 PHOTOS_CLASSES = ("china", "flower")
-
 BUILT_IN = ("cifar10", "stl10", "photos")
-
 SIGMAS = (15, 25, 35, 50, 75)  # of the protocol, on the 0-255 scale
 TEST_NOISE_SEED, VALIDATION_NOISE_SEED = 0, 1
 SPLIT_SEED = 0
-PCA_VALUES = 20_000_000  # of the images that the printed PCA is fitted to, at most
+PCA_IMAGES = 1000  # that the printed PCA is fitted to, at most
 PATCH_SPLITS = ("train", "validation", "test")
 VALIDATION = 1000  # images or patches at most
 STL10_SIZES = (48, 50, 72, 96)
@@ -261,12 +259,9 @@ def _resized(image, width, height):
 class Metadata:
     """What a picture file holds beside its pixels."""
 
-    kind: str  # its format, one of FORMATS
-    spec: oiio.ImageSpec  # with what OpenImageIO knows of it
-    raw: bytes  # the file
-
-
-NO_METADATA = Metadata("", oiio.ImageSpec(), b"")
+    kind: str = ""  # its format, one of FORMATS
+    spec: oiio.ImageSpec = field(default_factory=oiio.ImageSpec)  # with what OpenImageIO knows of it
+    raw: bytes = b""  # the file
 
 
 def read_picture(path, keep_grey=False):
@@ -356,7 +351,7 @@ def format_for(path, pixels, alpha=None):
     return kind
 
 
-def write_pixels(path, pixels, alpha=None, metadata=NO_METADATA):
+def write_pixels(path, pixels, alpha=None, metadata=Metadata()):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
     PNG keeps all that a PNG holds. JPEG and WebP keep EXIF, XMP, profile, resolution and comment as they are,
@@ -481,16 +476,6 @@ def pictures_with_noise(pairs, kind, sigma=None):
         yield name, clean, noisy
 
 
-def corners(picture, size, step):
-    """Top and left of patches of a picture (H, W, 3), `step` pixels apart, row by row."""
-    return list(itertools.product(*(range(0, side - size + 1, step) for side in picture.shape[:2])))
-
-
-def shrunk(picture, divisor):
-    """A picture (H, W, 3), uint8, at a part of its size."""
-    return _resized(picture, picture.shape[1] // divisor, picture.shape[0] // divisor)
-
-
 def _patches_of(picture, size, margin, shrinking, split, rng, at_most):
     """Cut a picture (H, W, 3) into a list of patches, views of it; `at_most` are drawn.
 
@@ -506,8 +491,12 @@ def _patches_of(picture, size, margin, shrinking, split, rng, at_most):
     copies = [(picture, step)]
     for divisor in shrinking if split != "test" else ():
         if min(picture.shape[:2]) // divisor >= size:
-            copies.append((shrunk(picture, divisor), step // divisor))
-    places = [(copy, *corner) for copy, step in copies for corner in corners(copy, size, step)]
+            copy = _resized(picture, picture.shape[1] // divisor, picture.shape[0] // divisor)
+            copies.append((copy, step // divisor))
+    places = []
+    for copy, step in copies:
+        corners = (range(0, side - size + 1, step) for side in copy.shape[:2])
+        places += [(copy, *corner) for corner in itertools.product(*corners)]
     if len(places) > at_most:
         places = [places[index] for index in np.sort(rng.choice(len(places), at_most, replace=False))]
     return [copy[top : top + size, left : left + size] for copy, top, left in places]
@@ -532,11 +521,8 @@ def split_pictures(labels):
     return splits
 
 
-def _split_and_cut(pictures, labels_of, size, margin, shrinking):
-    """Split pictures, uint8 (H, W, 3), by `split_pictures`, then cut them; few are each cut into three bands.
-
-    Returns patches and labels by split, and the middle of the test picture with most texture.
-    """
+def _cut_photographs(source, pictures, labels_of, class_names, checksums, size, margin, shrinking):
+    """`Data` of pictures, uint8 (H, W, 3): split, then cut; few are each cut into three bands first."""
     count, splits = len(labels_of), split_pictures(labels_of)
     patches, labels = ({split: [] for split in PATCH_SPLITS} for _ in range(2))
     shown, most = None, -1
@@ -548,17 +534,24 @@ def _split_and_cut(pictures, labels_of, size, margin, shrinking):
         for split, region in regions.items():
             rng = np.random.default_rng((SPLIT_SEED, index))
             cut = _patches_of(region, size, margin, shrinking, split, rng, max(1, MAX_PATCHES // count))
-            patches[split].append(np.array(cut, np.uint8))
+            patches[split] += [np.array(cut)] if cut else []
             labels[split] += [labels_of[index]] * len(cut)
             if split == "test" and cut:
                 middle = _middle(region, min(SHOWN_PICTURE[0], 2 * region.shape[1]), SHOWN_PICTURE[1])
                 if texture(middle) > most:
                     shown, most = middle.copy(), texture(middle)
-    for split, cut in patches.items():
-        side = size + margin * (split == "train")
-        patches[split] = np.concatenate([np.empty((0, side, side, 3), np.uint8), *filter(len, cut)])
-    labels = {split: np.array(listed, np.int64) for split, listed in labels.items()}
-    return patches, labels, shown
+    for split in PATCH_SPLITS:
+        if not patches[split]:
+            none = f"no picture drawn for {split} gives a patch of {size}x{size}"
+            raise DataError(f"{source}: {none}; lower --size, or remove small and damaged pictures")
+        patches[split], labels[split] = np.concatenate(patches[split]), np.array(labels[split])
+    for split, kept in {
+        "validation": VALIDATION,
+        "test": None,
+    }.items():  # the first ones are of many pictures
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(labels[split]))[:kept]
+        patches[split], labels[split] = patches[split][order], labels[split][order]
+    return Data(dataset_name(source), patches, labels, class_names, checksums, shown)
 
 
 def _middle(picture, height, width):
@@ -566,28 +559,11 @@ def _middle(picture, height, width):
     return picture[top : top + height, left : left + width]
 
 
-def _load_photos(size, margin, shrinking):
+def _load_photos(*cut):
     photographs = load_sample_images()
-    labels_of = range(len(photographs.images))
-    images, labels, shown = _split_and_cut(photographs.images, labels_of, size, margin, shrinking)
-    checksums = {
-        Path(name).name: hashlib.md5(picture).hexdigest()
-        for name, picture in zip(photographs.filenames, photographs.images, strict=True)
-    }
-    data = Data("photos", images, labels, PHOTOS_CLASSES, checksums, shown)
-    return _shuffle_held_out(data, "photos", size)
-
-
-def _shuffle_held_out(data, source, size):
-    """Shuffle the held-out patches, so that the first ones come from many pictures."""
-    for split, count in {"validation": VALIDATION, "test": None}.items():
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(data.labels[split]))[:count]
-        data.images[split], data.labels[split] = data.images[split][order], data.labels[split][order]
-    for split, images in data.images.items():
-        if not len(images):
-            none = f"no picture drawn for {split} gives a patch of {size}x{size}"
-            raise DataError(f"{source}: {none}; lower --size, or remove small and damaged pictures")
-    return data
+    pictures, names = photographs.images, [Path(name).name for name in photographs.filenames]
+    checksums = {name: hashlib.md5(image).hexdigest() for name, image in zip(names, pictures, strict=True)}
+    return _cut_photographs("photos", pictures, range(len(pictures)), PHOTOS_CLASSES, checksums, *cut)
 
 
 def image_files(folder, remedy="choose another"):
@@ -615,21 +591,19 @@ def classes_of(files, folder):
     return {path: name if path.parent == folder else path.relative_to(folder).parts[0] for path in files}
 
 
-def _load_folder(folder, size, margin, shrinking):
+def _load_folder(folder, size, *cut):
     """Patches of a user's own images; subfolders are classes, and what lies beside them is one more."""
     files = image_files(folder, f"--dataset is {', '.join(BUILT_IN)} or a folder of images")
     class_of = classes_of(files, folder)
     classes = sorted(set(class_of.values()))
     print(f"Cutting {len(files):,} images of {folder} into {size}x{size} patches", flush=True)
     labels = [classes.index(class_of[path]) for path in files]
-    pictures = map(_readable_picture, files)
-    images, labels, shown = _split_and_cut(pictures, labels, size, margin, shrinking)
     # a name that is no Unicode is shown with escapes
     classes = tuple(os.fsencode(name).decode(errors="backslashreplace") for name in classes)
     listing = repr([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files])
     checksums = {"names and sizes": hashlib.md5(listing.encode()).hexdigest()}
-    data = Data(dataset_name(folder), images, labels, classes, checksums, shown)
-    return _shuffle_held_out(data, folder, size)
+    pictures = map(_readable_picture, files)
+    return _cut_photographs(folder, pictures, labels, classes, checksums, size, *cut)
 
 
 def _readable_picture(path):
@@ -657,8 +631,6 @@ def add_noise(images, sigma, rng=None, kind="white"):
         float32 array (N, H, W, 3), nominally in [0, 1].
     """
     sigma = np.reshape(np.asarray(sigma, np.float64), (-1, 1, 1, 1))
-    if sigma.min(initial=0) < 0:
-        raise ValueError(f"sigma must not be negative, but is {sigma.min()}")
     rng = rng or np.random.default_rng(TEST_NOISE_SEED)
     sigma = np.broadcast_to(sigma, (len(images), 1, 1, 1))
     fixed = {"quality": TEST_JPEG_QUALITY} if kind == "jpeg" else {}
@@ -689,9 +661,7 @@ def grey(images, sigma, rng):
 def jpeg(images, sigma, rng, quality=None):
     """White noise in a JPEG file: clipped, rounded and coded; sigma is that of the white noise.
 
-    Args:
-        quality: JPEG quality of all files, with colours at half the resolution (4:2:0); by default one of
-            TRAINING_JPEG_QUALITIES is drawn for each, and 4:4:4 or 4:2:0.
+    Files are of one quality and 4:2:0, or quality, 4:4:4 or 4:2:0 are drawn for each.
     """
     noisy = util.to_uint8(white(images, sigma, rng))
     if quality:
@@ -896,12 +866,8 @@ NOISE_KINDS = {
     kind.__name__: kind
     for kind in (white, grey, jpeg, camera, correlated, poisson, speckle, varying, impulse, uniform)
 }
-
-
 PHOTOGRAPHS_NOISE = {"white": 0.42, "camera": 0.28, "grey": 0.14, "jpeg": 0.06, "correlated": 0.03}
 PHOTOGRAPHS_NOISE |= {"poisson": 0.015, "speckle": 0.015, "varying": 0.015, "impulse": 0.015, "uniform": 0.01}
-
-
 OWN = "own"  # in the place of a kind of noise: the pictures are noisy already
 NEIGHBOURS = ((0, 1), (1, 0), (0, 2), (2, 0), (1, 3), (3, 1), (2, 3), (3, 2))  # in a cell of 2x2, by row
 
@@ -1156,8 +1122,7 @@ def main(argv=None):
     print(util.format_table(table))
     print("classes:", ", ".join(data.class_names))
     images = data.images["train"]
-    count = max(2, min(1000, PCA_VALUES // math.prod(images.shape[1:])))  # more would take minutes
-    sample = images[evenly(len(images), count)]
+    sample = images[evenly(len(images), PCA_IMAGES)]
     pca = fit_pca(sample, args.energy)
     kept = f"{pca.n_components_} of {pca.n_features_in_} components keep {args.energy:.0%}"
     print(f"PCA of {len(sample):,} training images: {kept}")

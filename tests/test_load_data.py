@@ -31,11 +31,14 @@ seeds = st.integers(0, 2**32 - 1)
 sides = st.integers(1, 60)
 
 
-def test_noise_is_not_clipped_and_sigma_not_negative():
-    noisy = add_noise(np.zeros((20, 32, 32, 3), np.uint8), 50)
-    assert 0.49 < (noisy < 0).mean() < 0.51
-    with pytest.raises(ValueError, match="sigma must not be negative"):
-        add_noise(np.zeros((1, 2, 2, 3), np.uint8), -1)
+def cut_up(pictures, labels, size):
+    return load_data._cut_photographs("photos", pictures, labels, (), {}, size, 0, load_data.SHRINKING)
+
+
+def places(picture, size, step):
+    """How many squares have room in a picture, `step` pixels apart."""
+    rows, columns = (max(0, (side - size) // step + 1) for side in picture.shape[:2])
+    return rows * columns
 
 
 @pytest.fixture
@@ -142,8 +145,7 @@ def test_what_is_shown_has_texture_and_is_of_many_pictures(folder_of_flat_pictur
 
 def test_patches_of_different_splits_come_from_different_columns():
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (60, 200, 3))
-    images, *_ = load_data._split_and_cut([columns], [0], 10, 0, load_data.SHRINKING)
-    seen = {split: set(np.unique(patches)) for split, patches in images.items()}
+    seen = {split: set(np.unique(patches)) for split, patches in cut_up([columns], [0], 10).images.items()}
     for one, other in itertools.combinations(seen.values(), 2):
         assert not one & other
 
@@ -158,31 +160,28 @@ def test_images_are_cut_to_whole_cells():
 def test_patches_to_learn_from_are_cut_from_smaller_copies_too():
     blocks = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8).repeat(2, 0).repeat(2, 1)
     whole = {blocks[r : r + 16, c : c + 16].tobytes() for r in range(0, 81, 8) for c in range(0, 81, 8)}
-    half = load_data.shrunk(blocks, 2)
+    half, quarter = (load_data._resized(blocks, side, side) for side in (48, 24))
     halves = {half[r : r + 16, c : c + 16].tobytes() for r in range(0, 33, 4) for c in range(0, 33, 4)}
-    images, labels, *_ = load_data._split_and_cut([blocks] * 10, range(10), 16, 0, load_data.SHRINKING)
-    seen = {split: {patch.tobytes() for patch in patches} for split, patches in images.items()}
+    data = cut_up([blocks] * 10, range(10), 16)
+    seen = {split: {patch.tobytes() for patch in patches} for split, patches in data.images.items()}
     assert whole < seen["train"] and halves < seen["train"]
     assert len(seen["train"]) == len(whole) + len(halves) + 5 * 5  # of a quarter: 24x24, 2 pixels apart
-    apart = [(copy, step) for copy, step in ((blocks, 16), (half, 8), (load_data.shrunk(blocks, 4), 4))]
-    assert len(seen["validation"]) == sum(len(load_data.corners(copy, 16, step)) for copy, step in apart)
+    copies = ((blocks, 16), (half, 8), (quarter, 4))
+    assert len(seen["validation"]) == sum(places(copy, 16, step) for copy, step in copies)
     assert seen["validation"] < seen["train"]
     assert seen["test"] < whole
-    assert np.bincount(labels["train"]).max() == len(seen["train"])
+    assert np.bincount(data.labels["train"]).max() == len(seen["train"])
 
 
 @given(sides, sides, st.integers(12, 20), st.integers(1, 80), st.sampled_from(load_data.PATCH_SPLITS), seeds)
 def test_patches_are_as_many_as_there_are_places_or_wanted(height, width, size, at_most, split, seed):
     picture = random_images(height, width, 3, seed=seed)
-    patches = np.array(
-        load_data._patches_of(
-            picture, size, 0, load_data.SHRINKING, split, np.random.default_rng(seed), at_most
-        )
-    )
+    rng = np.random.default_rng(seed)
+    patches = np.array(load_data._patches_of(picture, size, 0, (), split, rng, at_most))
     step = size // 2 if split == "train" else size
-    places = len(load_data.corners(picture, size, step))
-    assert min(places, at_most) <= len(patches) <= at_most
-    if 0 < len(patches) == places:
+    there = places(picture, size, step)
+    assert len(patches) == min(there, at_most)
+    if 0 < there <= at_most:
         windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))
         expected = windows[::step, ::step].transpose(0, 1, 3, 4, 2)
         np.testing.assert_array_equal(patches, expected.reshape(patches.shape))
@@ -204,9 +203,8 @@ def test_a_class_is_split_alike_whatever_lies_beside_it():
 
 def test_patches_of_a_picture_are_limited(monkeypatch):
     monkeypatch.setattr(load_data, "MAX_PATCHES", 300)
-    images, *_ = load_data._split_and_cut(random_images(10, 96, 96, 3), [0] * 10, 16, 0, load_data.SHRINKING)
-    assert len(images["train"]) == 8 * 30
-    assert len({patch.tobytes() for patch in images["train"]}) == 8 * 30
+    images = cut_up(random_images(10, 96, 96, 3), [0] * 10, 16).images["train"]
+    assert len(images) == len({patch.tobytes() for patch in images}) == 8 * 30
 
 
 @pytest.fixture

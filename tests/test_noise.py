@@ -97,6 +97,7 @@ def test_white_noise_is_that_of_the_protocol_to_the_last_bit():
     expected = clean / 255 + np.random.default_rng(0).normal(0, 1, clean.shape) * (25 / 255)
     np.testing.assert_array_equal(add_noise(clean, 25), expected.astype(np.float32))
     rng = np.random.default_rng(0)
+    assert (expected < 0).any() and (expected > 1).any()  # not clipped
     pieces = [add_noise(part, 25, rng, "white") for part in (clean[:1], clean[1:])]
     np.testing.assert_array_equal(np.concatenate(pieces), expected.astype(np.float32))
 
