@@ -52,11 +52,6 @@ def channels(noise):
     return np.corrcoef(noise.reshape(-1, 3).T)[np.triu_indices(3, 1)]
 
 
-def test_kinds_are_those_of_the_contract():
-    contract = {"white", "grey", "jpeg", "camera", "correlated", "poisson", "speckle", "varying", "impulse"}
-    assert set(NOISE_KINDS) == contract | {"uniform"}
-
-
 @pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_noise_is_float32_repeatable_and_its_seed_matters(kind):
     clean = scene(3, 32)
@@ -170,9 +165,6 @@ def test_poisson_noise_counts():
 def test_varying_noise_is_stronger_in_some_places_and_sigma_on_average():
     noise = residual(flat(count=8, side=128), "varying")
     assert np.sqrt(np.square(noise).mean(axis=(1, 2, 3))) == pytest.approx(25, rel=0.03)
-    blocks = noise.reshape(8, 8, 16, 8, 16, 3).std(axis=(2, 4, 5))
-    assert (blocks.max(axis=(1, 2)) / blocks.min(axis=(1, 2))).min() > 1.6
-    assert np.abs(np.log(blocks[:, 1:] / blocks[:, :-1])).max() < 1.2  # and does so smoothly
     rng = np.random.default_rng(0)
     level = zoom(rng.uniform(0.1, 1, (8, 4, 4)), (1, 32, 32), order=1, mode="nearest")[..., None]
     level *= 25 / np.sqrt(np.square(level).mean(axis=(1, 2), keepdims=True))
@@ -187,10 +179,7 @@ def test_impulses_are_black_or_white_and_bring_an_error_of_sigma():
     assert noisy[hit].mean() == pytest.approx(0.5, abs=0.05)
     assert 0.01 < hit.mean() < 0.05
     assert np.sqrt(np.square(residual(clean, "impulse")).mean()) == pytest.approx(25, rel=0.05)
-
-
-def test_impulses_hit_every_value_at_most():
-    noisy = add_noise(scene(8), 200, kind="impulse")
+    noisy = add_noise(clean, 200, kind="impulse")  # which hits every value
     assert noisy.mean() == pytest.approx(0.5, abs=0.01)
     assert set(np.unique(noisy)) == {0, 1}
 
@@ -233,48 +222,40 @@ def test_camera_noise_is_less_in_white_and_black():
     assert black < 0.8 * grey and white < 0.6 * grey
 
 
-def test_variance_of_weak_camera_noise_rises_with_linear_light(monkeypatch):
-    monkeypatch.setattr(load_data, "TONE_CURVE_SHARE", 0)
-    linear = []
-    for value in (40, 80, 160):
-        clean = flat(value, 16)
-        noise = load_data.sensor_noise(to_float(clean), np.full((16, 1, 1, 1), 1.0), np.random.default_rng(0))
-        light = load_data.to_linear(to_float(clean) + noise, np.bool_(False))
-        linear.append(light.var() / light.mean())
-    assert linear == pytest.approx([linear[1]] * 3, rel=0.1)
-
-
-def test_sensor_noise_is_shot_and_read_noise_in_the_proportion_of_real_cameras(monkeypatch):
-    monkeypatch.setattr(load_data, "to_srgb", lambda linear, curved: linear)  # the noise in linear light
-    monkeypatch.setattr(load_data, "bayer_colours", lambda shape, rng: np.ones(shape, int))  # green
+@pytest.fixture
+def sensor(monkeypatch):
+    """Gives the variance in linear light of each of 1,000 pictures of one value by sensors of one colour."""
+    monkeypatch.setattr(load_data, "to_srgb", lambda linear, curved: linear)
     monkeypatch.setattr(load_data, "COLOUR_MATRIX", (0, 0))
-    sigma, deviation = np.full((400, 1, 1, 1), 25.0), 25 / 255 / load_data.MID_GREY_SLOPE
-    for share in (0, 1):
-        monkeypatch.setattr(load_data, "TONE_CURVE_SHARE", share)
-        dark, mid = (np.full((400, 32, 32, 3), value, np.float32) for value in (0, 0.5))
-        pair = [
-            load_data.sensor_noise(image, sigma, np.random.default_rng(0))[..., 1] for image in (dark, mid)
-        ]
-        black, grey = (noise.var(axis=(1, 2)) for noise in pair)
-        # a tone curve makes mid-grey steeper, so that the sensor's noise is weaker there
-        assert np.sqrt(grey.mean()) == pytest.approx(deviation / (1.5 if share else 1), rel=0.01)
-        shot = grey.mean() / load_data.MID_GREY
-        found = np.log(black / (grey.mean() - black) * load_data.MID_GREY)
-        # Brooks et al.: log b = 2.18 log a + 1.2, with a deviation of 0.26
-        assert found.mean() == pytest.approx(1.18 * np.log(shot) + 1.2, abs=0.05)
-        assert found.std() == pytest.approx(0.26, abs=0.04)
+
+    def variance(value, sigma, colour):
+        monkeypatch.setattr(load_data, "bayer_colours", lambda shape, rng: np.full(shape, colour))
+        images, sigma = np.full((1000, 32, 32, 3), value, np.float32), np.full((1000, 1, 1, 1), sigma)
+        noise = load_data.sensor_noise(images, sigma, np.random.default_rng(0))
+        return noise[..., colour].var(axis=(1, 2))
+
+    return variance
+
+
+@pytest.mark.parametrize("curved", [0, 1])
+def test_sensor_noise_is_shot_and_read_noise_in_the_proportion_of_real_cameras(monkeypatch, sensor, curved):
+    monkeypatch.setattr(load_data, "TONE_CURVE_SHARE", curved)
+    black, grey = sensor(0, 25.0, 1), sensor(0.5, 25.0, 1).mean()
+    # a tone curve makes mid-grey steeper, so that the sensor's noise is weaker there
+    expected = 25 / 255 / load_data.MID_GREY_SLOPE / (1.5 if curved else 1)
+    assert np.sqrt(grey) == pytest.approx(expected, rel=0.01)
+    found = np.log(black / (grey - black) * load_data.MID_GREY)
+    # Brooks et al.: log b = 2.18 log a + 1.2, with a deviation of 0.26
+    assert found.mean() == pytest.approx(1.18 * np.log(grey / load_data.MID_GREY) + 1.2, abs=0.05)
+    assert found.std() == pytest.approx(0.26, abs=0.04)
 
 
 @pytest.mark.parametrize("colour, low, high", [(0, 1.9, 2.4), (2, 1.5, 1.9)])
-def test_white_balance_is_that_of_real_cameras(monkeypatch, colour, low, high):
-    monkeypatch.setattr(load_data, "to_srgb", lambda linear, curved: linear)
-    monkeypatch.setattr(load_data, "bayer_colours", lambda shape, rng: np.full(shape, colour))
-    monkeypatch.setattr(load_data, "COLOUR_MATRIX", (0, 0))
-    images, sigma = np.full((200, 32, 32, 3), 0.5, np.float32), np.full((200, 1, 1, 1), 1.0)
-    noise = load_data.sensor_noise(images, sigma, np.random.default_rng(0))[..., colour]
+def test_white_balance_and_share_of_tone_curves_are_those_of_real_cameras(sensor, colour, low, high):
     # shot noise alone: of gain^2 * value / gain
-    gains = noise.var(axis=(1, 2)) / (1 / 255 / load_data.MID_GREY_SLOPE) ** 2
-    curved = gains < 1.2
+    gains = sensor(0.5, 1.0, colour) / (1 / 255 / load_data.MID_GREY_SLOPE) ** 2
+    curved = gains < np.sqrt(low * high) / 1.5
+    assert curved.mean() == pytest.approx(0.7, abs=0.04)
     gains[curved] *= 1.5**2
     assert gains.min() == pytest.approx(low, rel=0.15) and gains.max() == pytest.approx(high, rel=0.15)
     assert gains.mean() == pytest.approx((low + high) / 2, rel=0.02)
@@ -282,11 +263,10 @@ def test_white_balance_is_that_of_real_cameras(monkeypatch, colour, low, high):
 
 def test_cameras_sharpen_and_compress_in_their_shares_and_keep_edges(monkeypatch):
     monkeypatch.setattr(load_data, "SMOOTHED_COLOUR", (0, 0))
-    noise = (
-        np.random.default_rng(0).normal(0, 20 / 255, (400, 16, 16, 1)).repeat(3, axis=3).astype(np.float32)
-    )
-    ramp = np.broadcast_to(np.arange(100, 100 + 16 * load_data.EDGE, load_data.EDGE)[:, None] / 255, (16, 16))
-    ramp = np.broadcast_to(ramp[..., None], noise.shape).astype(np.float32)
+    noise = np.random.default_rng(0).normal(0, 20 / 255, (400, 16, 16, 1))
+    noise = noise.repeat(3, axis=3).astype(np.float32)
+    column = (100 + load_data.EDGE * np.arange(16, dtype=np.float32)) / 255
+    ramp = np.broadcast_to(column[:, None, None], noise.shape)
 
     def developed(jpeg=0, sharpened=0, radius=0):
         monkeypatch.setattr(load_data, "JPEG_SHARE", jpeg)
@@ -307,33 +287,15 @@ def test_cameras_sharpen_and_compress_in_their_shares_and_keep_edges(monkeypatch
     assert kept == pytest.approx(0.25, abs=0.03)
 
 
-def test_seven_in_ten_cameras_have_a_tone_curve(monkeypatch):
-    to_linear, drawn = load_data.to_linear, []
-    monkeypatch.setattr(load_data, "to_linear", lambda *pair: drawn.append(pair[1]) or to_linear(*pair))
-    images, sigma = to_float(flat(count=1000, side=4)), np.full((1000, 1, 1, 1), 5.0)
-    load_data.sensor_noise(images, sigma, np.random.default_rng(0))
-    assert drawn[0].mean() == pytest.approx(0.7, abs=0.04)
-
-
-def test_white_balance_and_colour_matrix_raise_the_noise_of_colours(monkeypatch):
-    def measured(excess):
+def test_colour_matrix_raises_what_differs_from_the_mean_of_the_channels(monkeypatch):
+    def mean_and_rest(excess):
         monkeypatch.setattr(load_data, "COLOUR_MATRIX", (excess, excess))
         images, sigma = to_float(flat(count=16)), np.full((16, 1, 1, 1), 5.0)
-        return load_data.sensor_noise(images, sigma, np.random.default_rng(0)).reshape(-1, 3)
+        noise = load_data.sensor_noise(images, sigma, np.random.default_rng(0))
+        mean = noise.mean(axis=-1, keepdims=True)
+        return np.array([mean.std(), (noise - mean).std()])
 
-    plain, saturated = measured(0), measured(0.8)
-    red, green, blue = plain.var(axis=0) / plain.var(axis=0)[1]
-    assert red > 1.05 * blue and blue > 1.3 * green
-    # the matrix leaves the mean of the channels alone and raises what differs from it
-    own = [(noise - noise.mean(axis=1, keepdims=True)).std() for noise in (plain, saturated)]
-    assert own[1] / own[0] == pytest.approx(1.8, rel=0.02)
-
-
-def test_cameras_smooth_edges_less():
-    clean = flat(80, 24)
-    clean[:, :, ::4] = 120
-    edges, without = (residual(images, "camera", 10).std() for images in (clean, flat(90, 24)))
-    assert edges > 1.15 * without
+    np.testing.assert_allclose(mean_and_rest(0.8) / mean_and_rest(0), [1, 1.8], rtol=0.02)
 
 
 def test_demosaicing_keeps_flat_colours_and_measured_values():
