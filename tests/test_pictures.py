@@ -1,7 +1,9 @@
 """Picture files as other programs write them: read right or refused by name, and nothing in them is lost."""
 
+import io
 import os
 import struct
+import tempfile
 import zlib
 
 import load_data
@@ -27,8 +29,8 @@ EXPOSURE = 33434  # tag of EXIF
 NEGATIVE, LAB = {262: 0}, {262: 8}  # photometric interpretations of TIFF
 
 
-def png(path, pixels, *chunks, bits=8, colours=2, sides=None):
-    """Write a PNG of rows of bytes or of uint16, and chunks after its header."""
+def png(pixels, *chunks, bits=8, colours=2, sides=None):
+    """A PNG file of rows of bytes or of uint16, and chunks after its header."""
     height, width = sides or pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
@@ -36,142 +38,129 @@ def png(path, pixels, *chunks, bits=8, colours=2, sides=None):
     for kind, content in [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]:
         file += struct.pack(">I", len(content)) + kind + content
         file += struct.pack(">I", zlib.crc32(kind + content))
-    path.write_bytes(file)
+    return file
 
 
-def tiff(path, pixels, tags=()):
-    """Write an uncompressed TIFF of pixels (H, W, C), and more tags by their numbers."""
+def tiff(pixels, tags=()):
+    """An uncompressed TIFF file of pixels (H, W, C), and more tags by their numbers."""
     height, width, channels = pixels.shape
     kind, bits = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind], 8 * pixels.itemsize
     plain = {256: width, 257: height, 258: (bits,) * channels, 259: 1, 262: 2 if channels > 2 else 1}
     plain |= {273: 0, 277: channels, 278: height, 279: pixels.nbytes, 339: (kind,) * channels}
     directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\x08\0\0\0")
     directory.update(plain | dict(tags))
-    path.write_bytes(b"II*\0\x08\0\0\0" + directory.tobytes(8) + pixels.tobytes())
+    return b"II*\0\x08\0\0\0" + directory.tobytes(8) + pixels.tobytes()
 
 
-def tiff_of_two(path, subfile_type):
-    """Write a TIFF of a picture and of another at half its size, whose NewSubfileType is given."""
+def by_pillow(kind, second=None, **options):
+    """A file of RGB and perhaps a second picture, in a format that Pillow writes."""
+    file = io.BytesIO()
+    if second:
+        options |= {"save_all": True, "append_images": [second]}
+    Image.fromarray(RGB).save(file, kind, **options)
+    return file.getvalue()
+
+
+def tiff_of_two(subfile_type):
+    """A TIFF file of two pictures, the second one at half the size and of a NewSubfileType."""
     second = Image.fromarray(RGB[::2, ::2])
     second.encoderinfo = {"tiffinfo": {254: subfile_type}}
-    Image.fromarray(RGB).save(path, save_all=True, append_images=[second])
+    return by_pillow("TIFF", second)
 
 
-def lzw(path, predictor):
+def lzw(predictor):
     spec = oiio.ImageSpec(32, 24, 3, "uint16")
     spec["compression"], spec["tiff:predictor"] = "lzw", predictor
     output = oiio.ImageOutput.create("tiff")
-    assert output.open(str(path), spec) and output.write_image(DEEP[..., :3]) and output.close()
+    with tempfile.NamedTemporaryFile(suffix=".tif") as file:
+        assert output.open(file.name, spec) and output.write_image(DEEP[..., :3]) and output.close()
+        return file.read()
 
 
 def palette(scale):
-    """A picture's palette and its colours: red rises, green falls, blue is 50."""
+    """A palette TIFF file: red rises, green falls, blue is 50."""
     ramp = np.arange(256)
-    tags = {262: 3, 320: tuple(scale * np.concatenate([ramp, ramp[::-1], 50 + 0 * ramp]).astype(int))}
-    return tags, np.dstack([GREY[..., 0], 255 - GREY[..., 0], np.full((24, 32), 50)])
+    colours = scale * np.concatenate([ramp, ramp[::-1], 50 + 0 * ramp])
+    return tiff(GREY, {262: 3, 320: tuple(colours.astype(int))})
 
 
-def transparent(values, key):
-    return np.where(values == key, 0, 65535 if values.dtype == np.uint16 else 255)
+def with_alpha(path):
+    """Pixels of a file, its alpha as the last channel."""
+    pixels, alpha, _ = read_pixels(path)
+    return pixels if alpha is None else np.dstack([pixels, alpha])
 
 
 STRIPES = np.full((24, 8), 0b00011011, np.uint8)  # 2 bits: 0, 1, 2, 3
 BILEVEL = np.packbits(GREY[..., 0] > 127, axis=1)
-READ = {  # how it is written, its pixels, its alpha
-    "lzw.tif": (lambda path: lzw(path, 1), DEEP[..., :3], None),
-    "lzw by differences.tif": (lambda path: lzw(path, 2), DEEP[..., :3], None),
-    "palette.tif": (lambda path: tiff(path, GREY, palette(257)[0]), palette(257)[1], None),
-    "alpha.tif": (lambda path: tiff(path, DEEP, {338: 2}), DEEP[..., :3], DEEP[..., 3]),
-    "white is zero.tif": (lambda path: tiff(path, GREY, NEGATIVE), 255 - GREY, None),
-    "white is zero 16.tif": (lambda path: tiff(path, DEEP[..., :1], NEGATIVE), 65535 - DEEP[..., :1], None),
-    "thumbnail.tif": (lambda path: tiff_of_two(path, 1), RGB, None),
+DEEP_GREY, KEY = DEEP[..., :1], DEEP[0, 0, :1].astype(">u2")
+READ = {  # a file, and its pixels with alpha
+    "lzw.tif": (lzw(1), DEEP[..., :3]),
+    "lzw by differences.tif": (lzw(2), DEEP[..., :3]),
+    "palette.tif": (palette(257), np.dstack([GREY, 255 - GREY, np.full_like(GREY, 50)])),
+    "alpha.tif": (tiff(DEEP, {338: 2}), DEEP),
+    "white is zero.tif": (tiff(GREY, NEGATIVE), 255 - GREY),
+    "white is zero 16.tif": (tiff(DEEP_GREY, NEGATIVE), 65535 - DEEP_GREY),
+    "thumbnail.tif": (tiff_of_two(1), RGB),
     "key of 2 bits.png": (
-        lambda path: png(path, STRIPES, (b"tRNS", b"\0\2"), bits=2, colours=0, sides=(24, 32)),
-        np.tile(np.array([0, 85, 170, 255]), (24, 8))[..., None],
-        np.tile(np.array([255, 255, 0, 255]), (24, 8)),
+        png(STRIPES, (b"tRNS", b"\0\2"), bits=2, colours=0, sides=(24, 32)),
+        np.tile(np.array([[0, 255], [85, 255], [170, 0], [255, 255]]), (24, 8, 1)),
     ),
     "key of 16 bits.png": (
-        lambda path: png(
-            path, DEEP[..., 0], (b"tRNS", DEEP[0, 0, :1].astype(">u2").tobytes()), bits=16, colours=0
-        ),
-        DEEP[..., :1],
-        transparent(DEEP[..., 0], DEEP[0, 0, 0]),
+        png(DEEP_GREY[..., 0], (b"tRNS", KEY.tobytes()), bits=16, colours=0),
+        np.dstack([DEEP_GREY, np.where(DEEP_GREY == KEY, 0, 65535)]),
     ),
-    "bilevel.png": (
-        lambda path: png(path, BILEVEL, bits=1, colours=0, sides=(24, 32)),
-        (GREY > 127) * 255,
-        None,
-    ),
-    "profile.png": (lambda path: png(path, RGB, (b"iCCP", LARGE_PROFILE)), RGB, None),
-    "text.png": (lambda path: png(path, RGB, (b"zTXt", TEXT), (b"tEXt", b"Author\0I")), RGB, None),
-    "gamma 0.png": (lambda path: png(path, RGB, (b"gAMA", bytes(4))), RGB, None),
-    "gamma.png": (
-        lambda path: png(path, RGB, (b"gAMA", struct.pack(">I", 45455)), (b"cHRM", WIDE)),
-        RGB,
-        None,
-    ),
-    "colours.png": (lambda path: png(path, RGB, (b"cICP", bytes([12, 13, 0, 1]))), RGB, None),
-    "colours 16.png": (
-        lambda path: png(path, DEEP[..., :3], (b"cICP", bytes([9, 16, 0, 1])), bits=16),
-        DEEP[..., :3],
-        None,
-    ),
+    "bilevel.png": (png(BILEVEL, bits=1, colours=0, sides=(24, 32)), (GREY > 127) * 255),
+    "profile.png": (png(RGB, (b"iCCP", LARGE_PROFILE)), RGB),
+    "text.png": (png(RGB, (b"zTXt", TEXT), (b"tEXt", b"Author\0I")), RGB),
+    "gamma 0.png": (png(RGB, (b"gAMA", bytes(4))), RGB),
+    "gamma.png": (png(RGB, (b"gAMA", struct.pack(">I", 45455)), (b"cHRM", WIDE)), RGB),
+    "colours.png": (png(RGB, (b"cICP", bytes([12, 13, 0, 1]))), RGB),
+    "colours 16.png": (png(DEEP[..., :3], (b"cICP", bytes([9, 16, 0, 1])), bits=16), DEEP[..., :3]),
 }
 
 
 @pytest.mark.parametrize("name", READ)
 def test_odd_pictures_are_read_and_written_as_they_are(tmp_path, name):
-    write, colours, alpha = READ[name]
-    write(tmp_path / name)
-    again = tmp_path / f"again {name}"
-    write_pixels(again, *read_pixels(tmp_path / name))
-    for path in (tmp_path / name, again):
-        pixels, read_alpha, _ = read_pixels(path)
-        np.testing.assert_array_equal(pixels, colours)
-        assert (alpha is None) == (read_alpha is None)
-        if alpha is not None:
-            np.testing.assert_array_equal(read_alpha, alpha)
-    if path.suffix == ".png":
-        first, second = (list(load_data._png_chunks(file.read_bytes())) for file in (tmp_path / name, again))
-        described = [
-            chunk for chunk in first if chunk[4:8] in (b"iCCP", b"zTXt", b"tEXt", b"gAMA", b"cHRM", b"cICP")
-        ]
-        assert [chunk for chunk in second if chunk[4:5].islower()] == described
+    first, second = tmp_path / name, tmp_path / f"again {name}"
+    content, expected = READ[name]
+    first.write_bytes(content)
+    write_pixels(second, *read_pixels(first))
+    for path in (first, second):
+        pixels = with_alpha(path)
+        np.testing.assert_array_equal(pixels, expected)
+        assert pixels.shape == expected.shape
+    if first.suffix == ".png":
+        chunks = [list(load_data._png_chunks(path.read_bytes())) for path in (first, second)]
+        kept = [chunk for chunk in chunks[0] if chunk[4:5].islower() and chunk[4:8] != b"tRNS"]
+        assert [chunk for chunk in chunks[1] if chunk[4:5].islower()] == kept
 
 
 FIVE = np.dstack([RGB, RGB[..., :2]])
 REFUSED = {
-    "five channels.tif": (lambda path: tiff(path, FIVE, {338: (0, 0)}), "channels R, G, B, channel3"),
-    "no alpha.tif": (lambda path: tiff(path, FIVE[..., :4], {338: 0}), "channels R, G, B, channel3"),
-    "multiplied.tif": (lambda path: tiff(path, DEEP, {338: 1}), "colours multiplied by alpha"),
-    "palette of bytes.tif": (lambda path: tiff(path, GREY, palette(1)[0]), "a palette of 8 bits"),
-    "lab.tif": (lambda path: tiff(path, RGB, LAB), "colours as CIELAB"),
-    "pages.tif": (lambda path: tiff_of_two(path, 0), "several pictures"),
-    "signed.tif": (lambda path: tiff(path, GREY.astype(np.int16)), "pixels of type int16"),
-    "32.tif": (lambda path: tiff(path, GREY.astype(np.int32)), "pixels of type int"),
-    "half.tif": (lambda path: tiff(path, GREY.astype(np.float16)), "pixels of type half"),
-    "float.tif": (lambda path: tiff(path, GREY.astype(np.float32)), "pixels of type float"),
-    "bomb.png": (lambda path: png(path, GREY, sides=(60_000, 60_000)), "exceeds the 1500 MB limit"),
-    "animation.png": (lambda path: png(path, RGB, (b"acTL", struct.pack(">II", 1, 0))), "an animation"),
-    "animation.webp": (
-        lambda path: Image.fromarray(RGB).save(
-            path, save_all=True, append_images=[Image.fromarray(255 - RGB)]
-        ),
-        "several pictures",
-    ),
-    "eps.png": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n"), "not PNG, JPEG, TIFF or WebP"),
-    "empty.jpg": (lambda path: path.touch(), "not PNG, JPEG, TIFF or WebP"),
-    **{
-        f"{kind}.png": (lambda path, kind=kind: Image.fromarray(RGB).save(path, kind), f"but {kind.upper()}")
-        for kind in ("bmp", "gif")
-    },
+    "five channels.tif": (tiff(FIVE, {338: (0, 0)}), "channels R, G, B, channel3"),
+    "no alpha.tif": (tiff(FIVE[..., :4], {338: 0}), "channels R, G, B, channel3"),
+    "multiplied.tif": (tiff(DEEP, {338: 1}), "colours multiplied by alpha"),
+    "palette of bytes.tif": (palette(1), "a palette of 8 bits"),
+    "lab.tif": (tiff(RGB, LAB), "colours as CIELAB"),
+    "pages.tif": (tiff_of_two(0), "several pictures"),
+    "signed.tif": (tiff(GREY.astype(np.int16)), "pixels of type int16"),
+    "32.tif": (tiff(GREY.astype(np.int32)), "pixels of type int"),
+    "half.tif": (tiff(GREY.astype(np.float16)), "pixels of type half"),
+    "float.tif": (tiff(GREY.astype(np.float32)), "pixels of type float"),
+    "bomb.png": (png(GREY, sides=(60_000, 60_000)), "exceeds the 1500 MB limit"),
+    "animation.png": (png(RGB, (b"acTL", struct.pack(">II", 1, 0))), "an animation"),
+    "animation.webp": (by_pillow("WEBP", Image.fromarray(255 - RGB)), "several pictures"),
+    "eps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not PNG, JPEG, TIFF or WebP"),
+    "empty.jpg": (b"", "not PNG, JPEG, TIFF or WebP"),
+    "bmp.png": (by_pillow("BMP"), "but BMP"),
+    "gif.png": (by_pillow("GIF"), "but GIF"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_rare_pictures_are_refused_by_name(tmp_path, name):
-    write, reason = REFUSED[name]
-    write(tmp_path / name)
+    content, reason = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
     line = told_line(read_pixels, tmp_path / name)
     assert line.startswith(f"{tmp_path / name}: not a readable image (") and reason in line
     assert line.endswith("; convert it to plain PNG")
@@ -234,11 +223,10 @@ def test_jpeg_keeps_its_segments_and_tiff_its_tags(tmp_path):
     segment = b"\xff\xed" + struct.pack(">H", 2 + len(iptc)) + iptc
     Image.fromarray(RGB).save(tmp_path / "a.jpg", comment="mine", extra=segment)
     tags = {269: "a name", 700: XMP, 33723: caption, 37724: b"layers of noise"}
-    tiff(tmp_path / "a.tif", RGB, tags)
-    raw = (tmp_path / "a.tif").read_bytes()  # as Photoshop writes IPTC: of type LONG
+    raw = tiff(RGB, tags)
     tag, count = struct.pack("<HHI", 33723, 7, 12), struct.pack("<HHI", 33723, 4, 3)
     assert tag in raw
-    (tmp_path / "a.tif").write_bytes(raw.replace(tag, count))
+    (tmp_path / "a.tif").write_bytes(raw.replace(tag, count))  # Photoshop writes IPTC as of type LONG
     for suffix, there in ((".jpg", [iptc, b"mine"]), (".tif", [b"a name", b"text"])):
         write_pixels(tmp_path / f"b{suffix}", *read_pixels(tmp_path / f"a{suffix}"))
         written = (tmp_path / f"b{suffix}").read_bytes()
@@ -286,13 +274,11 @@ def test_pixels_are_written_and_read_without_loss(tmp_path, channels, suffix, de
     path, pixels = tmp_path / f"a picture ä{suffix}", DEEP[..., :channels].astype(depth)
     colours, alpha = pixels[..., : 3 if channels > 2 else 1], pixels[..., -1] if channels % 2 == 0 else None
     if alpha is not None:
-        alpha = np.where(alpha > np.iinfo(depth).max // 2, alpha, 0)  # with colours that nobody sees
+        alpha[alpha < np.iinfo(depth).max // 2] = 0  # with colours that nobody sees
     write_pixels(path, colours, alpha)
-    read_colours, read_alpha, _ = read_pixels(path)
-    assert read_colours.dtype == depth
-    np.testing.assert_array_equal(read_colours, colours)
-    assert (alpha is None) == (read_alpha is None)
-    assert alpha is None or (read_alpha == alpha).all()
+    read = with_alpha(path)
+    assert read.dtype == depth and read.shape == pixels.shape
+    np.testing.assert_array_equal(read, pixels)
     if channels == 3 and depth == np.uint8:
         np.testing.assert_array_equal(Image.open(path), colours)  # as others read it
 
@@ -307,7 +293,7 @@ def test_jpeg_is_of_one_quality_whatever_its_ending_and_keeps_colours(tmp_path):
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
-    png(tmp_path / "long.png", RGB, (b"eXIf", b"MM\0*" + bytes(70_000)))
+    (tmp_path / "long.png").write_bytes(png(RGB, (b"eXIf", b"MM\0*" + bytes(70_000))))
     cases = {
         "a.jpg": ((RGB, GREY[..., 0]), "JPEG holds no transparency; choose .png"),
         "b.jpg": ((DEEP[..., :3],), "JPEG holds no 16 bits; choose .png"),
