@@ -162,7 +162,7 @@ def load_data(
             CIFAR-10 is 32.
         limit: Use the first so many training images only.
         margin: Photographs: by how many pixels training patches exceed `size`, for `Batches` to choose from.
-        shrinking: Photographs: training and validation patches are cut from 1/2 and 1/4 of the size, too.
+        shrinking: Photographs: divisors of the sizes at which training and validation patches are cut, too.
 
     Returns:
         `Data`.
