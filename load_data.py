@@ -545,10 +545,7 @@ def _cut_photographs(source, pictures, labels_of, class_names, checksums, size, 
             none = f"no picture drawn for {split} gives a patch of {size}x{size}"
             raise DataError(f"{source}: {none}; lower --size, or remove small and damaged pictures")
         patches[split], labels[split] = np.concatenate(patches[split]), np.array(labels[split])
-    for split, kept in {
-        "validation": VALIDATION,
-        "test": None,
-    }.items():  # the first ones are of many pictures
+    for split, kept in (("validation", VALIDATION), ("test", None)):  # the first ones are of many pictures
         order = np.random.default_rng(SPLIT_SEED).permutation(len(labels[split]))[:kept]
         patches[split], labels[split] = patches[split][order], labels[split][order]
     return Data(dataset_name(source), patches, labels, class_names, checksums, shown)
