@@ -330,7 +330,7 @@ def main(argv=None):
     data = load_data(args.dataset, args.data_dir, args.size, args.limit)
     count = len(data.images["test"])
     check_labelled(data, args.dataset)
-    with util.locked(args.out, args.name), util.publishing(args.out, args.name) as draft:
+    with util.publishing(args.out, args.name) as draft:
         space_of = spaces(args, data)
         queries = query_images(data.images["test"], args.sigmas, denoiser)
         rows, nearest = compare(args, data, queries, space_of)

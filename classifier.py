@@ -364,11 +364,10 @@ def write_run(args, model, rows, validation, denoisers, data):
 
 def evaluate_saved(args, data, denoisers):
     """Evaluate a saved classifier, write its figures and add the result to the run record."""
-    with util.locked(args.out, args.name):
-        model, record = load_fitting(args, data)
-        with util.publishing(args.out, args.name) as draft:
-            evaluation = record.get("evaluation", {}) | evaluate(draft, args, model, denoisers, data)
-            util.write_record(draft, args.name, record | {"evaluation": evaluation})
+    model, record = load_fitting(args, data)
+    with util.publishing(args.out, args.name) as draft:
+        evaluation = record.get("evaluation", {}) | evaluate(draft, args, model, denoisers, data)
+        util.write_record(draft, args.name, record | {"evaluation": evaluation})
     print(f"Written to {args.out}: record and figures of {args.name}")
 
 

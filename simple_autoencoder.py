@@ -895,26 +895,25 @@ def learnt_without_clean(record):
 
 def evaluate_saved(args):
     """Evaluate a saved run; draw its figures anew if data, --size and --images are those of the training."""
-    with util.locked(args.out, args.name):
-        record = util.read_record(args.out, args.name)
-        if learnt_without_clean(record):
-            raise DataError(f"{args.name}: {WITHOUT_CLEAN}; measure it with --pictures and --noisy")
-        names = [record["base"], args.name] if record.get("base") else [args.name]
-        models = {run: util.load_model(args.out, run, "autoencoder") for run in names}
-        parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
-        dataset = args.dataset or record.get("data", {}).get("name", "cifar10")
-        trained_size = util.size_of_run(record, dataset_name(dataset))
-        data = load_data(dataset, args.data_dir, args.size or trained_size).in_cells(util.STRIDE)
-        results, blocks = measure_and_print(models, *parts, data, args.images, *ALL_DRAWS)
-        for section in ("evaluation", "posterior"):
-            results[section] = record.get(section, {}) | results[section]
-        written = f"record of {args.name}"
-        with util.publishing(args.out, args.name) as draft:
-            same_data = record.get("data") == data.identity and args.size in (None, trained_size)
-            if same_data and args.images == TEST_IMAGES:
-                draw_results(draft, args.name, models, *parts, data, blocks, ALL_DRAWS[1])
-                written += " and figures"
-            util.write_record(draft, args.name, record | results)
+    record = util.read_record(args.out, args.name)
+    if learnt_without_clean(record):
+        raise DataError(f"{args.name}: {WITHOUT_CLEAN}; measure it with --pictures and --noisy")
+    names = [record["base"], args.name] if record.get("base") else [args.name]
+    models = {run: util.load_model(args.out, run, "autoencoder") for run in names}
+    parts = [util.load_model(args.out, args.name, part) for part in ("encoder", "decoder")]
+    dataset = args.dataset or record.get("data", {}).get("name", "cifar10")
+    trained_size = util.size_of_run(record, dataset_name(dataset))
+    data = load_data(dataset, args.data_dir, args.size or trained_size).in_cells(util.STRIDE)
+    results, blocks = measure_and_print(models, *parts, data, args.images, *ALL_DRAWS)
+    for section in ("evaluation", "posterior"):
+        results[section] = record.get(section, {}) | results[section]
+    written = f"record of {args.name}"
+    with util.publishing(args.out, args.name) as draft:
+        same_data = record.get("data") == data.identity and args.size in (None, trained_size)
+        if same_data and args.images == TEST_IMAGES:
+            draw_results(draft, args.name, models, *parts, data, blocks, ALL_DRAWS[1])
+            written += " and figures"
+        util.write_record(draft, args.name, record | results)
     print(f"Written to {args.out}: {written}")
 
 

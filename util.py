@@ -14,7 +14,7 @@ import csv
 import errno
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -364,24 +364,6 @@ def publishing(out, name):
         shutil.rmtree(draft, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def locked(out, name):
-    """Hold the name of a run, so that no second process writes under it at the same time."""
-    for folder in FOLDERS:  # what is in their place is found before the work
-        (Path(out) / folder).mkdir(parents=True, exist_ok=True)
-    path = Path(out) / "logs" / f".{name}.lock"
-    with open(path, "a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ModelError(f"{path}: another run named {name} is going on; choose another --name") from None
-        except (ImportError, OSError) as error:  # Windows, Lustre and some NFS have no locks
-            print(f"{path}: cannot be locked ({error}); start no second run named {name} meanwhile")
-        yield
-
-
 @functools.cache
 def training_folder(out, name):
     """Working folder of a training, removed when it ends well; a temporary one but for the first process."""
@@ -390,7 +372,7 @@ def training_folder(out, name):
 
 @contextlib.contextmanager
 def training(script, args, checksums, part=None):
-    """Prepare a training run: lock, working folder, precision, seed. Say how to resume it when it is stopped.
+    """Prepare a training run: working folder, precision, seed. Say how to resume it when it is stopped.
 
     `script` is the `__file__` of the caller, `checksums` are those of the data, `part` is one of PARTS that
     the run will write, None where it will write a single model.
@@ -406,28 +388,27 @@ def training(script, args, checksums, part=None):
     keras.config.set_dtype_policy(args.precision)
     command = [sys.executable, script, "--resume", "--name", args.name]
     command += [] if out == HERE else ["--out", str(out.resolve())]
-    with locked(folder.parents[1], args.name):
-        arguments = folder / "arguments.json"
-        if not args.resume:
-            if any(folder.rglob("checkpoint.*")):
-                raise ModelError(f"{folder}: holds an interrupted run; go on with --resume, or delete it")
-            shutil.rmtree(folder, ignore_errors=True)
-        elif is_first() and _read_json(arguments, "delete it").get("data") != checksums:
-            print("The pictures have changed since the run was interrupted, and perhaps their splits.")
-        with atomic(arguments) as temporary:
-            kept = {"script": Path(script).name, "data": checksums} | vars(args)
-            temporary.write_text(json.dumps(kept, default=str), encoding="utf-8")
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Stopped. Go on with: {shlex.join(command)}") from None
-        finally:
-            if not is_first():
-                shutil.rmtree(folder.parents[1])
-        if (folder / "tensorboard").exists():
-            shutil.rmtree(out / f"logs/{args.name}", ignore_errors=True)
-            shutil.move(folder / "tensorboard", out / f"logs/{args.name}")
-        shutil.rmtree(folder)
+    arguments = folder / "arguments.json"
+    if arguments.exists() and not args.resume:
+        found = "of a run that was interrupted, or is going on"
+        raise ModelError(f"{folder}: {found}; go on with --resume, delete it, or choose another --name")
+    if args.resume and is_first() and _read_json(arguments, "delete it").get("data") != checksums:
+        print("The pictures have changed since the run was interrupted, and perhaps their splits.")
+    with atomic(arguments) as temporary:
+        kept = {"script": Path(script).name, "data": checksums} | vars(args)
+        temporary.write_text(json.dumps(kept, default=str), encoding="utf-8")
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Stopped. Go on with: {shlex.join(command)}") from None
+    except Exception:
+        if not any(folder.rglob("checkpoint.*")):  # nothing to go on with
+            shutil.rmtree(folder)
+        raise
+    finally:
+        if not is_first():
+            shutil.rmtree(folder.parents[1])
+    shutil.rmtree(folder)
 
 
 def sha256_of(path):
@@ -1118,8 +1099,6 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
                 raise ModelError(f"{later}: {later.parent.name} has begun; resume with the epochs of before")
     checkpoint.rows = gathered(checkpoint.rows)[0]
     callbacks = [*callbacks, checkpoint]  # which comes last, when all else of the epoch is on disk
-    if all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard")):
-        callbacks.insert(0, keras.callbacks.TensorBoard(folder / "tensorboard" / stage, write_graph=False))
     if not sys.stdout.isatty():
         callbacks.insert(0, _PrintSteps())
     if stage and len(checkpoint.rows) < epochs:

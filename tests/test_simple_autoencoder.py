@@ -346,7 +346,7 @@ def test_every_file_of_the_run_is_there(trained):
     expected |= {f"gifs/{NAME}_{kind}.gif" for kind in ("single", "group")}
     expected |= {f"feature_maps/{NAME}_{split}.h5" for split in ("test", "train")}
     found = {path.relative_to(trained.out).as_posix() for path in files_of(trained.out)}
-    assert {path for path in found if not path.startswith(f"logs/{NAME}/")} == expected  # but TensorBoard's
+    assert found == expected
     for split, count in (("test", 16), ("train", 64)):
         with h5py.File(trained.out / f"feature_maps/{NAME}_{split}.h5") as file:
             assert file["features"].shape == (count, 12, 12, 12)
@@ -604,7 +604,7 @@ def test_terminated_and_killed_training_resumes_to_the_same_weights(trained, tmp
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not list((tmp_path / "models").iterdir())
+    assert not (tmp_path / "models").exists()
     assert "Epoch 1/2" not in printed_by(simple, *RESUME, "--out", tmp_path)
     losses = [[row["loss"] for row in rows_of(out / f"logs/{NAME}.csv")] for out in (tmp_path, trained.out)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -632,7 +632,7 @@ def checkpoint_of(out):
 def test_interrupted_run_is_resumed_by_its_own_script_and_arguments_alone(stopped):
     before, resume = files_of(stopped), [*RESUME, f"--out={stopped}"]
     line = told_line(printed_by, simple, *TINY, "--out", stopped)
-    assert line.endswith(f"{NAME}.training: holds an interrupted run; go on with --resume, or delete it")
+    assert line.startswith(f"{stopped}/logs/{NAME}.training: of a run that was interrupted, or is going on")
     line = told_line(classifier.parse_args, resume)
     assert line.startswith(f"--resume: {NAME} is a run of simple_autoencoder.py, or of an older one")
     for option in ("--size=32", "--seed=5", "--limit=32", "--batch-size=8", "--filters=16", "--kl-weight=1"):
@@ -721,13 +721,9 @@ def test_resume_with_nothing_to_resume(tmp_path):
     assert line == f"{path}: not found, nothing to resume; train without --resume"
 
 
-@pytest.mark.parametrize("place", ["out", "out/gifs"])
-def test_file_in_the_place_of_a_folder_is_found_before_the_training(tmp_path, place):
-    (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / place).write_text("a file in its place")
-    line = told_line(printed_by, simple, *TINY, f"--out={tmp_path}/out")
-    assert f"{tmp_path}/{place}" in line
-    assert list(tmp_path.rglob("*.training")) == []
+def test_file_in_the_place_of_a_folder_is_found_before_the_training(tmp_path):
+    (tmp_path / "out").write_text("a file in its place")
+    assert f"{tmp_path}/out" in told_line(printed_by, simple, *TINY, f"--out={tmp_path}/out")
 
 
 def test_gifs_do_without_what_a_kill_has_left_and_keep_equal_frames(tmp_path):

@@ -1,7 +1,5 @@
 import argparse
 import builtins
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -522,12 +520,11 @@ def test_full_disk_leaves_the_earlier_file_of_any_kind(tmp_path, ending):
 
 
 DISK = """
-import os, sys, util
+import sys, util
 try:
-    with util.locked(sys.argv[1], "run"):
-        for _ in range(100):
-            with util.atomic(sys.argv[1] + f"/logs/{os.urandom(4).hex()}.txt") as path:
-                path.write_text("x" * 2000)
+    for number in range(100):
+        with util.atomic(f"{sys.argv[1]}/{number}.txt") as path:
+            path.write_text("x" * 2000)
 except OSError as error:
     print(util.error_line(error))
 """
@@ -579,35 +576,17 @@ def test_run_whose_publishing_was_killed_is_refused_until_it_is_published_again(
     assert util.read_record(saved, "small")["seed"] == 1
 
 
-HOLD = "import sys, util\nwith util.locked(sys.argv[1], 'run'): print('held', flush=True); input()"
-
-
-def test_second_run_of_a_name_is_refused(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = os.environ | {"KERAS_BACKEND": "numpy"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as other:
-        assert other.stdout.readline() == "held\n"
-        with (
-            pytest.raises(ModelError, match="another run named run is going on; choose another --name"),
-            util.locked(tmp_path, "run"),
-        ):
-            pass
-        other.kill()
-    with util.locked(tmp_path, "run"):  # a killed run holds nothing
-        pass
-
-
-def test_run_goes_on_without_a_lock_where_the_file_system_has_none(tmp_path, monkeypatch, capsys):
-    def no_lock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_lock)
-    with util.locked(tmp_path, "run"):
-        printed = capsys.readouterr().out
-    assert printed.startswith(
-        f"{tmp_path}/logs/.run.lock: cannot be locked ([Errno 38] Function not implemented); "
-    )
+def test_second_run_of_a_name_is_refused_and_one_that_fails_at_its_start_leaves_nothing(tmp_path):
+    args = Namespace(out=tmp_path, name="run", resume=False, seed=0, precision="float32")
+    with pytest.raises(KeyboardInterrupt, match="Go on with: "), util.training("a.py", args, {}):
+        line = told_line(util.training("a.py", args, {}).__enter__)
+        raise KeyboardInterrupt
+    remedy = "go on with --resume, delete it, or choose another --name"
+    assert line == f"{tmp_path}/logs/run.training: of a run that was interrupted, or is going on; {remedy}"
+    args.name = "failing"
+    with pytest.raises(MemoryError), util.training("a.py", args, {}):
+        raise MemoryError
+    assert [path.name for path in tmp_path.glob("logs/*")] == ["run.training"]
 
 
 FAULT = """
