@@ -1052,7 +1052,7 @@ class Batches(keras.utils.PyDataset):
 
 def absolute_path(text):
     """Absolute path of what a command line names, so that --resume finds it from any folder."""
-    return str(util.given_path(text).resolve())
+    return str(Path(text).resolve())
 
 
 def dataset_or_folder(text):
@@ -1077,7 +1077,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=description, formatter_class=util.HelpFormatter)
     add_data_options(parser)
     add = parser.add_argument
-    add("--out", type=util.given_path, default=util.HERE, help="where figures/ is")
+    add("--out", type=Path, default=util.HERE, help="where figures/ is")
     energy = "share of the variance that PCA keeps"
     add("--energy", type=util.number(float, 0.01, 0.99), default=0.95, help=energy)
     return parser.parse_args(argv)

@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from functools import cache, partial
+from pathlib import Path
 
 import util
 from load_data import (
@@ -1125,20 +1126,20 @@ def add_evaluate_options(parser):
     """Add the options of the verb `evaluate`."""
     add_data_options(parser, default=None)
     add_saved_model_options(parser)
-    add, path = parser.add_argument, util.given_path
+    add = parser.add_argument
     add("--images", type=util.number(int, 1), default=TEST_IMAGES, help="how many test images to use")
     words = f"measure {PHOTOGRAPHS_RUN}, or --name, on whole pictures of this folder instead"
-    add("--pictures", type=path, metavar="CLEAN", help=words)
-    add("--noisy", type=path, help="folder of the same pictures with real noise")
+    add("--pictures", type=Path, metavar="CLEAN", help=words)
+    add("--noisy", type=Path, help="folder of the same pictures with real noise")
     words = f"noise to add to --pictures, of sigma {SIGMAS[0]} to {SIGMAS[-1]}: {', '.join(NOISE_KINDS)}"
     add("--noise", choices=NOISE_KINDS, nargs="+", default=["white"], metavar="KIND", help=words)
 
 
 def add_denoise_options(parser):
     """Add the options of the verb `denoise`."""
-    add, path = parser.add_argument, util.given_path
-    add("pictures", metavar="IN", type=path, nargs="+", help="picture files, or folders of them")
-    add("--to", type=path, required=True, help="folder to write to, or a file name for a single picture")
+    add = parser.add_argument
+    add("pictures", metavar="IN", type=Path, nargs="+", help="picture files, or folders of them")
+    add("--to", type=Path, required=True, help="folder to write to, or a file name for a single picture")
     add_saved_model_options(parser, PHOTOGRAPHS_RUN)
     words = "from 0, the picture itself, to 1, all of the model's result"
     add("--strength", type=util.number(float, 0, 1), default=1.0, help=words)

@@ -85,7 +85,7 @@ def add_run_options(parser):
     add("--name", type=run_name, help="name of the run (default: from the data set)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that the run draws but test noise")
     add("--limit", type=number(int, 1), help="use the first LIMIT training images only")
-    add("--out", type=given_path, default=HERE, help="where models/, weights/ and so on are written")
+    add("--out", type=Path, default=HERE, help="where models/, weights/ and so on are written")
 
 
 def add_training_options(parser, epochs, batch_size):
@@ -108,8 +108,7 @@ def add_precision_option(parser):
 def add_saved_run_options(parser, default="from the data set"):
     """Add the options for the saved run that a verb works on."""
     parser.add_argument("--name", type=run_name, help=f"saved run (default: {default})")
-    words = "where models/, weights/ and logs/ are"
-    parser.add_argument("--out", type=saved_folder, default=HERE, help=words)
+    parser.add_argument("--out", type=Path, default=HERE, help="where models/, weights/ and logs/ are")
 
 
 def parse_resumable(parser, train_parser, argv, default_name):
@@ -119,10 +118,7 @@ def parse_resumable(parser, train_parser, argv, default_name):
     of the arguments that names a run without --name.
     """
     args = parser.parse_args(argv)
-    try:
-        args.name = args.name or run_name(default_name(args))
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"argument --name: {error}")
+    args.name = args.name or default_name(args)
     stored = {}
     if args.verb == "train":
         join_processes()
@@ -198,21 +194,6 @@ def run_name(text):
     return text
 
 
-def given_path(text):
-    """Path of a command line; empty, as of an unset shell variable, it would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
-
-
-def saved_folder(text):
-    """Path of a folder on the command line, which must be there: a mistyped one is not to be made."""
-    path = given_path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder; saved runs are there, pictures go --to")
-    return path
-
-
 def progress(total, label):
     """Function to call with how much more is done: prints a line every ten seconds."""
     done, printed = 0, time.monotonic()
@@ -230,23 +211,22 @@ def progress(total, label):
 def gpus():
     """Name and major compute capability, such as 8, of the GPUs that the backend computes on."""
     backend = keras.backend.backend()
-    found = []
     if backend == "jax":
         import jax
 
-        for gpu in [device for device in jax.local_devices() if device.platform == "gpu"]:
-            found.append((gpu.device_kind, int(re.search(r"\d+", gpu.compute_capability)[0])))
-    elif backend == "tensorflow":
+        found = [device for device in jax.local_devices() if device.platform == "gpu"]
+        return [(gpu.device_kind, int(re.search(r"\d+", gpu.compute_capability)[0])) for gpu in found]
+    if backend == "tensorflow":
         from tensorflow import config
 
-        for gpu in map(config.experimental.get_device_details, config.list_physical_devices("GPU")):
-            found.append((gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0,))[0]))
-    elif backend == "torch":
+        found = map(config.experimental.get_device_details, config.list_physical_devices("GPU"))
+        return [(gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0,))[0]) for gpu in found]
+    if backend == "torch":
         from torch import cuda
 
-        for gpu in range(cuda.device_count()):
-            found.append((cuda.get_device_name(gpu), cuda.get_device_capability(gpu)[0]))
-    return found
+        found = range(cuda.device_count())
+        return [(cuda.get_device_name(gpu), cuda.get_device_capability(gpu)[0]) for gpu in found]
+    return []
 
 
 def fast_precision():
@@ -941,18 +921,6 @@ def _disconnect():
         jax.distributed.shutdown()
 
 
-@contextlib.contextmanager
-def _together():
-    """Say in one line that another of several processes has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        if processes()[1] == 1:
-            raise
-        remedy = "start all of them again with --resume"
-        raise ModelError(f"another process has ended ({first_line(error)}); {remedy}") from None
-
-
 def gathered(value):
     """What each of the processes has, the first one's first."""
     if processes()[1] == 1:
@@ -960,10 +928,9 @@ def gathered(value):
     from jax.experimental import multihost_utils
 
     pickled = pickle.dumps(value)
-    with _together():
-        longest = int(multihost_utils.process_allgather(np.int32(len(pickled))).max())
-        padded = np.frombuffer(pickled.ljust(longest), np.uint8)  # all pass arrays of one shape
-        return [pickle.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    longest = int(multihost_utils.process_allgather(np.int32(len(pickled))).max())
+    padded = np.frombuffer(pickled.ljust(longest), np.uint8)  # all pass arrays of one shape
+    return [pickle.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
 def check_same_settings(settings):
@@ -1104,7 +1071,7 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     if stage and len(checkpoint.rows) < epochs:
         print(f"Stage {stage}:", flush=True)
     try:
-        with _StopBetweenBatches() as stop, _together(), _on_all_devices(model, batches, validation) as fed:
+        with _StopBetweenBatches() as stop, _on_all_devices(model, batches, validation) as fed:
             model.fit(
                 **fed,
                 epochs=epochs,
@@ -1116,6 +1083,11 @@ def fit(model, batches, validation, epochs, folder, monitor, callbacks=(), stage
     except FloatingPointError as error:
         remedy = "go on from its last good epoch with --resume and a lower --learning-rate"
         raise ModelError(f"{folder}: the training diverged ({error}); {remedy}") from None
+    except RuntimeError as error:
+        if processes()[1] == 1:
+            raise
+        remedy = "start all of them again with --resume"
+        raise ModelError(f"another process has ended ({first_line(error)}); {remedy}") from None
     if is_first():
         checkpoint.load(checkpoint.best_path)
     model.set_weights(gathered(model.get_weights())[0])
