@@ -312,7 +312,7 @@ def test_the_script_prints_its_splits_and_draws_them(tmp_path, capsys, monkeypat
     assert labels[columns][1] == f"{util.psnr(clean, noisy)[0]:.1f} dB"
 
 
-WRONG_USAGE = "--energy=1 --energy=nan --size=0 --size=3 --dataset= --data-dir= unknown"
+WRONG_USAGE = "--energy=1 --energy=nan --size=0 --size=3 unknown"
 
 
 @pytest.mark.parametrize("argument", WRONG_USAGE.split())
