@@ -32,6 +32,12 @@ from hypothesis import settings
 # a background job of a shell ignores Ctrl-C, and so would the trainings within the tests and what they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# of the processes that share the tests each has a core: TensorFlow takes a thread for every core that it sees
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 ROOT = util.HERE
 FULL = os.environ.get("FULL_TESTS") == "1"
 
@@ -372,6 +378,13 @@ def predicted_by_keras_alone(tmp_path):
         return np.load(files[1])
 
     return predict
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Trainings leave out what they measure and draw at their end, which takes most of their time here."""
+    monkeypatch.setattr(simple, "measure_and_print", lambda *_: ({}, None))
+    monkeypatch.setattr(simple, "draw_results", lambda *_: None)
 
 
 @pytest.fixture

@@ -305,6 +305,7 @@ def test_base_of_files_of_two_runs_is_refused(trained_copy):
     assert line.startswith(f"{trained_copy}/models/decoder_{NAME}.json: not the file that {NAME} wrote")
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_stack_that_is_interrupted_everywhere_resumes_to_the_same_weights(trained_copy, stacked):
     command = TRAIN
     for reached in ("before stacking", "after the greedy stage", "Epoch 2/2"):
