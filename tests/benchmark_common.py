@@ -1,5 +1,6 @@
 """What several benchmarks share; they are run by hand. Importing it makes the scripts importable."""
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def add_options(parser, methods, images):
     add = parser.add_argument
     add("--images", type=int, default=images, help=f"test images to use, at most (default: {images})")
     add("--models", nargs="+", metavar="NAME", help="runs (default: all autoencoders in models/)")
-    add("--self-ensemble", action="store_true", help="measure the models' self-ensemble, too")
+    words = "measure the models' self-ensembles of so many positions, too"
+    add("--self-ensemble", type=int, nargs="+", default=[], choices=(2, 4, 8), help=words)
     add("--without", nargs="+", default=[], choices=methods, help="methods to leave out")
 
 
@@ -62,14 +64,16 @@ def one_by_one(denoise):
     return lambda noisy, sigma: util.to_uint8(np.stack([denoise(image, sigma) for image in noisy]))
 
 
-def model_denoisers(models, self_ensemble):
-    """Saved autoencoders as what `simple.evaluate` measures, by label."""
+def self_ensemble(model, count):
+    """The self-ensemble of so many positions as a denoiser of batches."""
+    return one_by_one(lambda image, _: util.denoise_picture(model, image, ensemble=count)[0])
+
+
+def model_denoisers(models, ensembles):
+    """Saved autoencoders, and their self-ensembles, as what `simple.evaluate` measures, by label."""
     denoisers = simple.blind(models)
-    if self_ensemble:
-        for name, model in models.items():
-            denoisers[f"{name}, self-ensemble"] = one_by_one(
-                lambda image, _, model=model: util.denoise_picture(model, image, ensemble=8)[0]
-            )
+    for (name, model), count in itertools.product(models.items(), ensembles):
+        denoisers[f"{name}, self-ensemble {count}"] = self_ensemble(model, count)
     return denoisers
 
 
