@@ -465,20 +465,6 @@ def test_kills_lose_nothing():
     assert int(ended.stdout.split(f" of {kills} kills amid a save")[0]) > kills // 5
 
 
-def test_damaged_files_of_all_kinds_are_read_or_refused():
-    share = 1 if FULL else 0.08
-    ended = on_numpy("tests/fuzz_readers.py", 0, share)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    counts = {
-        line.split(":")[0]: [int(word) for word in line.split() if word.isdigit()]
-        for line in ended.stdout.splitlines()
-    }
-    assert len(counts) == 7
-    assert sum(map(sum, counts.values())) > 5000 * share
-    for kind, (read, _) in counts.items():
-        assert read, f"not even the undamaged files were read: {kind}"
-
-
 def test_full_disk_leaves_the_earlier_run(saved):
     before = files_of(saved)
     largest = max(len(content) for content in before.values())
