@@ -21,6 +21,7 @@ import math
 import os
 import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ import keras
 import numpy as np
 import OpenImageIO as oiio
 from keras import ops
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from scipy.ndimage import convolve, uniform_filter
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
@@ -63,7 +64,7 @@ FEWEST_TO_HOLD_OUT = 10  # with fewer photographs none is held out whole: each i
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # of picture files
 SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 CHANNELS = (("Y",), ("Y", "A"), ("R", "G", "B"), ("R", "G", "B", "A"))
-THUMBNAIL = 1  # as TIFF's NewSubfileType
+THUMBNAIL, XMP_TAG = 1, 700  # of TIFF: a value of NewSubfileType, and a tag
 PNG_SIGNATURE_BYTES = 8
 CODING_CHUNKS = (b"tRNS", b"bKGD", b"hIST", b"sBIT", b"sPLT")  # they fit pixels as they are stored
 EXIF_TAGS = {270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 33432, 34665, 34853}  # of TIFF
@@ -355,9 +356,8 @@ def write_pixels(path, pixels, alpha=None, metadata=Metadata()):
     """Write what `read_pixels` returns, in the format that the ending of `path` asks for.
 
     PNG keeps all that a PNG holds. JPEG and WebP keep EXIF, XMP, profile, resolution and comment as they are,
-    JPEG also IPTC. TIFF, and PNG from other formats, get EXIF without notes of the maker, profile and
-    resolution; of XMP TIFF gets simple properties, PNG none. What a PNG says of its colours without a
-    profile, PNG alone keeps.
+    JPEG also IPTC. TIFF, and PNG from other formats, get XMP, EXIF without notes of the maker, profile and
+    resolution. What a PNG says of its colours without a profile, PNG alone keeps.
     """
     kind = format_for(path, pixels, alpha)
     channels = pixels if alpha is None else np.dstack([pixels, alpha])
@@ -381,11 +381,14 @@ def _write_png_or_tiff(path, kind, channels, metadata):
     written = file.open(os.fsencode(path).decode(), spec) and file.write_image(channels) and file.close()
     if not written or not np.array_equal(_decoded(path)[0], channels):  # a full disk is not always told
         raise ValueError(file.geterror())
+    raw = path.read_bytes()
     if kind == metadata.kind == "PNG":  # the chunks beside the pixels stay as they were
-        read, written = (list(_png_chunks(raw)) for raw in (metadata.raw, path.read_bytes()))
+        read, written = list(_png_chunks(metadata.raw)), list(_png_chunks(raw))
         kept = [chunk for chunk in read if chunk[4:5].islower() and chunk[4:8] not in CODING_CHUNKS]
         head, *pixels = (chunk for chunk in written if chunk[4:5].isupper())
-        path.write_bytes(b"".join([metadata.raw[:PNG_SIGNATURE_BYTES], head, *kept, *pixels]))
+        path.write_bytes(b"".join([raw[:PNG_SIGNATURE_BYTES], head, *kept, *pixels]))
+    elif xmp := _described_by_pillow(metadata).get("xmp"):
+        path.write_bytes(_png_with_xmp(raw, xmp) if kind == "PNG" else _tiff_with_xmp(raw, xmp))
 
 
 def _png_chunks(raw):
@@ -395,6 +398,29 @@ def _png_chunks(raw):
         end, kind = start + 12 + int.from_bytes(raw[start : start + 4], "big"), raw[start + 4 : start + 8]
         yield raw[start:end]
         start = end
+
+
+def _png_with_xmp(raw, xmp):
+    chunk = b"iTXtXML:com.adobe.xmp" + bytes(5) + xmp
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    head, *others = _png_chunks(raw)
+    return b"".join([raw[:PNG_SIGNATURE_BYTES], head, chunk, *others])
+
+
+def _tiff_with_xmp(raw, xmp):
+    """A TIFF file with this XMP in the place of its own, and a new directory behind it at the end."""
+    order = "<" if raw[:2] == b"II" else ">"
+    (directory,) = struct.unpack_from(f"{order}I", raw, 4)
+    (count,) = struct.unpack_from(f"{order}H", raw, directory)
+    entries = {}
+    for start in range(directory + 2, directory + 2 + 12 * count, 12):
+        entries[struct.unpack_from(f"{order}H", raw, start)[0]] = raw[start : start + 12]
+    place = len(raw) + len(raw) % 2  # values and directories lie at even places
+    entries[XMP_TAG] = struct.pack(f"{order}HHII", XMP_TAG, 1, len(xmp), place)
+    parts = [raw[:4], struct.pack(f"{order}I", place + len(xmp) + len(xmp) % 2)]
+    parts += [raw[8:], bytes(len(raw) % 2), xmp, bytes(len(xmp) % 2)]
+    parts += [struct.pack(f"{order}H", len(entries)), *(entries[tag] for tag in sorted(entries)), bytes(4)]
+    return b"".join(parts)
 
 
 def _write_jpeg_or_webp(path, kind, channels, metadata):
@@ -410,7 +436,11 @@ def _described_by_pillow(metadata):
     """Options of `Image.save` that hold a file's metadata."""
     if not metadata.raw:
         return {}
-    with Image.open(io.BytesIO(metadata.raw), formats=[metadata.kind]) as image:
+    try:
+        image = Image.open(io.BytesIO(metadata.raw), formats=[metadata.kind])
+    except UnidentifiedImageError:  # a TIFF of 16-bit grey with alpha
+        return {}
+    with image:
         if metadata.kind == "PNG":
             image.load()  # what lies behind the pixels, too
         described = {key: image.info.get(key) for key in ("exif", "xmp", "icc_profile", "dpi", "comment")}
