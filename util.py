@@ -201,7 +201,7 @@ def progress(total, label):
     def advance(count=1):
         nonlocal done, printed
         done += count
-        if time.monotonic() - printed >= PROGRESS_SECONDS:
+        if done < total and time.monotonic() - printed >= PROGRESS_SECONDS:
             print(f"{label}: {done:,} of {total:,}", flush=True)
             printed = time.monotonic()
 
