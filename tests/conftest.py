@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import one_core  # noqa: F401, isort: skip
 import load_data
 import simple_autoencoder as simple
 import stack_autoencoder as stack
@@ -31,12 +32,6 @@ from hypothesis import settings
 
 # a background job of a shell ignores Ctrl-C, and so would the trainings within the tests and what they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# of the processes that share the tests each has a core: TensorFlow takes a thread for every core that it sees
-worker = os.environ.get("PYTEST_XDIST_WORKER")
-if worker and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 ROOT = util.HERE
 FULL = os.environ.get("FULL_TESTS") == "1"
