@@ -295,9 +295,8 @@ def clusters_figure(data, gallery):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=util.HelpFormatter
-    )
+    description = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(description=description, formatter_class=util.HelpFormatter)
     add_data_options(parser)
     util.add_run_options(parser)
     add = parser.add_argument

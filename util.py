@@ -166,7 +166,7 @@ def verb_parser(argv, description):
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "train")
     epilog = "Without a verb, train is meant; its options: train --help"
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0], epilog=epilog)
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0], epilog=epilog)
     add_parser = parser.add_subparsers(dest="verb", required=True).add_parser
     return argv, parser, functools.partial(add_parser, formatter_class=HelpFormatter)
 

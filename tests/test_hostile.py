@@ -8,7 +8,6 @@ from pathlib import Path
 import classifier
 import KNN
 import load_data
-import simple_autoencoder as simple
 import util
 
 import keras
@@ -123,9 +122,3 @@ def test_backend_that_is_not_there():
     assert ended.returncode == 1
     assert ended.stderr.endswith("; see requirements.txt and KERAS_BACKEND\n")
     assert "Traceback" not in ended.stderr
-
-
-def test_scripts_without_docstrings(monkeypatch):
-    monkeypatch.setattr(KNN, "__doc__", None)
-    assert KNN.parse_args([]).name == "knn_cifar10"
-    assert simple.parse_args([], description=None).name == "simple_cifar10"
